@@ -1,0 +1,332 @@
+"""The job directory: the one contract between gateway and trainer. A leaf: imports nothing of ours.
+
+    job.json        the spec, written once by the gateway
+    lock            flocked by the trainer for its whole life; holds its pid and start time as JSON
+    data/           pinned copies (hard links) of the input files
+    template/       the template bundle that prompts are rendered through: template.json, tokenizer.json
+    check.json      what `python -m trainer JOB_DIR --check` found: counts, resolved hyperparameters, or the error
+    attempts/N/events.jsonl     one file an attempt, one JSON object a line, keyed (attempt, seq)
+    checkpoints/step-N/         complete or absent: written beside, fsynced, renamed
+    adapter/        what training made (see `ADAPTER_FILES`), also complete or absent
+    result.json     written last: succeeded, or failed {code, message, param}
+
+`python -m trainer JOB_DIR` runs by hand with no gateway alive. The trainer never writes outside this folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+LOCKED_EXIT_CODE = 75  # EX_TEMPFAIL: another trainer holds the lock; nothing was done
+ADAPTER_FILES = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "adapter.gguf",
+    "manifest.json",
+    "witness.json",
+    "template/template.json",
+    "template/tokenizer.json",
+)
+
+Auto = Literal["auto"]
+
+
+@dataclass(frozen=True)
+class BaseRef:
+    """The prepared base that is trained on: `path` is its folder, `gguf` the quantised file in it that is served."""
+
+    name: str
+    path: str
+    gguf: str
+    digest: str  # of the gguf's bytes, "sha256:…"
+
+
+@dataclass(frozen=True)
+class FileRef:
+    """An input file, pinned in `data/`; `path` is relative to the job directory."""
+
+    file_id: str
+    filename: str
+    digest: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """As the client asked; "auto" is resolved by the trainer's check and written to check.json."""
+
+    n_epochs: int | Auto = "auto"
+    batch_size: int | Auto = "auto"
+    learning_rate_multiplier: float | Auto = "auto"
+
+
+@dataclass(frozen=True)
+class Lora:
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str = "all-linear"
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """job.json. `max_length` is the context in tokens; `threads` is fixed so that a run can be repeated bit for bit."""
+
+    job_id: str
+    model: str
+    created_at: int
+    base: BaseRef
+    training_file: FileRef
+    validation_file: FileRef | None
+    seed: int
+    threads: int
+    max_length: int
+    template_digest: str
+    method: str = "supervised"
+    hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
+    lora: Lora = field(default_factory=Lora)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> JobSpec:
+        validation = raw.get("validation_file")
+        return cls(
+            **{
+                **raw,
+                "base": BaseRef(**raw["base"]),
+                "training_file": FileRef(**raw["training_file"]),
+                "validation_file": FileRef(**validation) if validation else None,
+                "hyperparameters": Hyperparameters(**raw["hyperparameters"]),
+                "lora": Lora(**raw["lora"]),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class TrainerError:
+    """Why a job failed, as OpenAI's job.error has it."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+
+@dataclass(frozen=True)
+class Check:
+    """check.json: the data was read, rendered and counted; `error` is set when it cannot be trained on."""
+
+    error: TrainerError | None = None
+    n_examples: int = 0
+    n_validation_examples: int = 0
+    n_tokens: int = 0  # of one epoch, prompts included
+    n_trained_tokens: int = 0  # of one epoch, labels other than -100
+    n_truncated: int = 0
+    n_epochs: int = 0
+    batch_size: int = 0
+    learning_rate_multiplier: float = 0.0
+    total_steps: int = 0
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> Check:
+        error = raw.get("error")
+        return cls(**{**raw, "error": TrainerError(**error) if error else None, "warnings": tuple(raw["warnings"])})
+
+
+@dataclass(frozen=True)
+class Result:
+    """result.json, written last."""
+
+    status: Literal["succeeded", "failed"]
+    error: TrainerError | None = None
+    trained_tokens: int = 0  # over all epochs
+    steps: int = 0
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> Result:
+        error = raw.get("error")
+        return cls(**{**raw, "error": TrainerError(**error) if error else None})
+
+
+@dataclass(frozen=True)
+class Event:
+    """One line of events.jsonl.
+
+    `type` is "message", "metrics" (data: step, total_steps, train_loss, train_mean_token_accuracy and, where measured,
+    valid_loss, valid_mean_token_accuracy, full_valid_loss, full_valid_mean_token_accuracy), "checkpoint" (data: step and
+    the same metrics; the folder is complete) or "progress" (data: estimated_finish, unix seconds; not shown to clients).
+    """
+
+    seq: int
+    created_at: int
+    type: Literal["message", "metrics", "checkpoint", "progress"]
+    message: str
+    level: Literal["info", "warn", "error"] = "info"
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds the lock: a pid that is only trusted together with the start time of its process."""
+
+    pid: int
+    start_time: int  # clock ticks since boot, field 22 of /proc/PID/stat
+
+
+class JobDir:
+    """Paths of one job, and how each file in it is read and written."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.lock = self.path / "lock"
+        self.data = self.path / "data"
+        self.template = self.path / "template"
+        self.attempts = self.path / "attempts"
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+
+    # the gateway writes these
+
+    def write_spec(self, spec: JobSpec) -> None:
+        write_json(self.path / "job.json", spec.to_json())
+
+    def read_spec(self) -> JobSpec:
+        return JobSpec.from_json(read_json(self.path / "job.json"))
+
+    # the trainer writes these
+
+    def write_check(self, check: Check) -> None:
+        write_json(self.path / "check.json", asdict(check))
+
+    def read_check(self) -> Check | None:
+        path = self.path / "check.json"
+        return Check.from_json(read_json(path)) if path.exists() else None
+
+    def write_result(self, result: Result) -> None:
+        write_json(self.path / "result.json", asdict(result))
+
+    def read_result(self) -> Result | None:
+        path = self.path / "result.json"
+        return Result.from_json(read_json(path)) if path.exists() else None
+
+    def events_path(self, attempt: int) -> Path:
+        return self.attempts / str(attempt) / "events.jsonl"
+
+    def next_attempt(self) -> int:
+        """The number of the attempt that a trainer starting now should take: 1, 2, …"""
+        taken = [int(p.name) for p in self.attempts.iterdir() if p.name.isdigit()] if self.attempts.is_dir() else []
+        return max(taken, default=0) + 1
+
+    # the lock
+
+    def try_lock(self, wait_s: float = 1.0) -> int | None:
+        """A file descriptor that holds the lock until it is closed, or None when another process holds it.
+
+        Tries for `wait_s`, since `is_locked` in another process takes the lock shared for an instant.
+        """
+        fd = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    os.close(fd)
+                    return None
+                time.sleep(0.02)
+        holder = Holder(os.getpid(), process_start_time(os.getpid()) or 0)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, json.dumps(asdict(holder)).encode(), 0)
+        return fd
+
+    def is_locked(self) -> bool:
+        """Whether a trainer is alive. Takes the lock shared for an instant, never while one is held exclusively."""
+        try:
+            fd = os.open(self.lock, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        return False
+
+    def holder(self) -> Holder | None:
+        """The trainer that holds the lock; None when nobody does or its process is a stranger by now."""
+        if not self.is_locked():
+            return None
+        try:
+            holder = Holder(**json.loads(self.lock.read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return None
+        return holder if process_start_time(holder.pid) == holder.start_time else None
+
+
+def read_events(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
+    """Events from byte `offset` on, each with the offset after it. A torn last line is left for the next call."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            yield Event(**json.loads(line)), offset
+
+
+def process_start_time(pid: int) -> int | None:
+    """Field 22 of /proc/PID/stat (clock ticks since boot); None when no such process is alive."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = stat.rsplit(")", 1)[1].split()
+    return None if fields[0] in ("Z", "X") else int(fields[19])
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_bytes())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file that is whole or absent, also after a power cut."""
+    write_bytes(path, json.dumps(value, indent=1).encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes beside, fsyncs, renames, and fsyncs the folder."""
+    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def fsync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
