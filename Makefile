@@ -1,0 +1,57 @@
+# make demo    sets up, serves the demo model, fine-tunes it through the OpenAI SDK and shows it before and after
+# make test    sets up, and passes the tests
+# make help    lists the rest
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+PORT ?= 8000
+DATA ?= data
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo serve stop test check format lint types bench bench-gateway clean clean-venv
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
+
+setup: $(READY) ## make .venv with everything in it (about 6 minutes the first time on a machine, then a minute)
+
+$(READY): pyproject.toml constraints.txt deploy/setup_venv.py
+	@$(PYTHON) deploy/setup_venv.py $(VENV)
+	@touch $@
+
+demo: $(READY) ## serve the demo model, fine-tune it and compare; the server stays up
+	@$(BIN)/python -m clients.demo --port $(PORT) --data $(DATA)
+
+serve: $(READY) ## serve the demo model in the foreground
+	@$(BIN)/tunegate serve --port $(PORT) --data $(DATA)
+
+stop: ## stop the server that `make demo` left running
+	@$(BIN)/python -m clients.demo --stop --data $(DATA)
+
+test: $(READY) ## run the tests
+	@$(BIN)/pytest
+
+check: format lint test ## format, lint, types, tests: what a change must pass
+
+format: $(READY) ## rewrite the code as ruff formats it
+	@$(BIN)/ruff format --quiet .
+	@$(BIN)/ruff check --quiet --fix-only .
+
+lint: $(READY) ## format, lint and types, changing nothing
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+bench-gateway: $(READY) ## the gateway beside vllm-router, LiteLLM and the direct line
+	@$(BIN)/python -m tests.bench.gateway_lanes
+
+clean: ## remove what tests and tools leave behind (not .venv, not data)
+	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.* htmlcov
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+clean-venv: ## remove .venv
+	@rm -rf $(VENV)
