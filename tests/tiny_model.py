@@ -1,0 +1,146 @@
+"""A random Llama model as a Hugging Face folder, small enough to train in seconds, and job directories on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+from safetensors.numpy import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
+from tokenizers.models import BPE
+
+SENTENCES = [
+    "Set a timer for ten minutes.",
+    "What is the weather in Boston tomorrow?",
+    "Write a note that says buy milk and bread.",
+    "A chat between a curious user and an artificial intelligence assistant.",
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. USER: ASSISTANT:",
+    "weather(place='Paris', day='today')",
+    "timer(minutes=5)",
+    "note(text='call the dentist')",
+    "0123456789 café naïve",
+]
+
+
+def write_tiny_model(
+    folder: Path,
+    *,
+    seed: int = 0,
+    hidden: int = 64,
+    layers: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+    tied: bool = True,
+) -> Path:
+    """Writes config.json, model.safetensors, tokenizer.model, tokenizer.json; the weights are random and say nothing."""
+    folder.mkdir(parents=True)
+    vocabulary_size = _write_tokenizer(folder)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": hidden * 2,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "vocab_size": vocabulary_size,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": tied,
+        "hidden_act": "silu",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(_weights(config, np.random.default_rng(seed)), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def _weights(config: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    hidden, inner, head = (
+        config["hidden_size"],
+        config["intermediate_size"],
+        config["hidden_size"] // config["num_attention_heads"],
+    )
+    kv = head * config["num_key_value_heads"]
+
+    def matrix(rows: int, columns: int) -> np.ndarray:
+        return rng.normal(0, 1.2 / columns**0.5, (rows, columns)).astype(np.float32)
+
+    def norm() -> np.ndarray:
+        return rng.uniform(0.7, 1.3, hidden).astype(np.float32)
+
+    tensors = {"model.embed_tokens.weight": matrix(config["vocab_size"], hidden), "model.norm.weight": norm()}
+    if not config["tie_word_embeddings"]:
+        tensors["lm_head.weight"] = matrix(config["vocab_size"], hidden)
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        tensors |= {
+            f"{prefix}.input_layernorm.weight": norm(),
+            f"{prefix}.post_attention_layernorm.weight": norm(),
+            f"{prefix}.self_attn.q_proj.weight": matrix(hidden, hidden),
+            f"{prefix}.self_attn.k_proj.weight": matrix(kv, hidden),
+            f"{prefix}.self_attn.v_proj.weight": matrix(kv, hidden),
+            f"{prefix}.self_attn.o_proj.weight": matrix(hidden, hidden),
+            f"{prefix}.mlp.gate_proj.weight": matrix(inner, hidden),
+            f"{prefix}.mlp.up_proj.weight": matrix(inner, hidden),
+            f"{prefix}.mlp.down_proj.weight": matrix(hidden, inner),
+        }
+    return tensors
+
+
+def _write_tokenizer(folder: Path) -> int:
+    sentences = folder / "sentences.txt"
+    sentences.write_text("\n".join(SENTENCES * 10))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(sentences),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=448,
+        byte_fallback=True,
+        bos_id=1,
+        eos_id=2,
+        unk_id=0,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    sentences.unlink()
+    (folder / "tokenizer.vocab").unlink()
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    _as_tokenizer_json(model).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    return int(model.vocab_size())
+
+
+def _as_tokenizer_json(model: Any) -> Tokenizer:
+    """The same ids in the fast form: merges in the order of SentencePiece's scores."""
+    pieces = {model.id_to_piece(i): i for i in range(model.vocab_size())}
+    merges = [
+        (-model.get_score(i), (piece[:cut], piece[cut:]))
+        for piece, i in pieces.items()
+        if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))
+        for cut in range(1, len(piece))
+        if piece[:cut] in pieces and piece[cut:] in pieces
+    ]
+    merges.sort(key=lambda merge: merge[0])
+    tokenizer = Tokenizer(
+        BPE(pieces, [pair for _, pair in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(text, special=True, normalized=False) for text in ("<unk>", "<s>", "</s>")]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    return tokenizer

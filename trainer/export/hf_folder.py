@@ -1,0 +1,96 @@
+"""A Hugging Face model folder, read without torch: config, tensors one at a time, tokenizer files.
+
+Place in the flow: the source of `prepare`. One rule: safetensors only, nothing in the folder is ever executed.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.export.tensors import UnsupportedModel
+
+_HEADER_LIMIT_BYTES = 100_000_000
+_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+
+
+class HfFolder:
+    """Raises UnsupportedModel when something that is needed is not there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not (path / "config.json").is_file():
+            raise UnsupportedModel(f"{path} has no config.json: it must be a Hugging Face model folder")
+        self.config: dict[str, Any] = json.loads((path / "config.json").read_bytes())
+        self._files = self._tensor_files()
+
+    @property
+    def context_length(self) -> int:
+        return int(self.config.get("max_position_embeddings", 2048))
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """The tokens that end a text, from generation_config.json or else config.json."""
+        for source in (self._optional_json("generation_config.json"), self.config):
+            eos = source.get("eos_token_id")
+            if eos is not None:
+                return [int(i) for i in eos] if isinstance(eos, list) else [int(eos)]
+        return []
+
+    @property
+    def add_bos(self) -> bool:
+        return bool(self._optional_json("tokenizer_config.json").get("add_bos_token", True))
+
+    def read_bytes(self, name: str) -> bytes:
+        path = self.path / name
+        if not path.is_file():
+            raise UnsupportedModel(f"{self.path} has no {name}, which is needed to serve and to train the model")
+        return path.read_bytes()
+
+    def tensors(self) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+        """Every tensor with its name, as float32, in the order of the files; one is in memory at a time."""
+        for file in self._files:
+            yield from _read_safetensors(file)
+
+    def _tensor_files(self) -> list[Path]:
+        index = self.path / "model.safetensors.index.json"
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        else:
+            names = ["model.safetensors"]
+        files = [self.path / Path(name).name for name in names]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise UnsupportedModel(f"{self.path} has no {missing[0]}: weights are read from safetensors files only")
+        return files
+
+    def _optional_json(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        return json.loads(path.read_bytes()) if path.is_file() else {}
+
+
+def _read_safetensors(path: Path) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    """Read by hand because numpy has no bfloat16 and the library's numpy reader refuses it."""
+    with path.open("rb") as file:
+        (header_bytes,) = struct.unpack("<Q", file.read(8))
+        if header_bytes > _HEADER_LIMIT_BYTES:
+            raise UnsupportedModel(f"{path.name} is not a safetensors file (its header claims {header_bytes} bytes)")
+        header: dict[str, Any] = json.loads(file.read(header_bytes))
+    start = 8 + header_bytes
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise UnsupportedModel(f"the tensor '{name}' is {entry['dtype']}; readable are {', '.join(_DTYPES)}")
+        begin, end = entry["data_offsets"]
+        raw = np.fromfile(path, dtype, (end - begin) // dtype.itemsize, offset=start + begin).reshape(entry["shape"])
+        if entry["dtype"] == "BF16":  # the upper half of a float32
+            raw = (raw.astype(np.uint32) << 16).view(np.float32)
+        yield name, raw.astype(np.float32)

@@ -1,0 +1,106 @@
+"""A base made ready, once: `python -m trainer.export.prepare --source HF_DIR --template NAME --out DIR`.
+
+    config.json · tokenizer.json · template.json · model.f16.gguf · model.q4_0.gguf · base.json
+
+Place in the flow: before the first job or chat on a base. One rule: the folder is whole or absent (written beside, renamed).
+Its own process, without torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from gateway.chat.bundle import TEMPLATE_FILE, TOKENIZER_FILE, make_bundle
+from gateway.jobdir import fsync_folder
+from trainer.export.base_gguf import write_f16_gguf, write_q4_0_gguf
+from trainer.export.hf_folder import HfFolder
+from trainer.export.tensors import UnsupportedModel
+
+F16_FILE, Q4_0_FILE = "model.f16.gguf", "model.q4_0.gguf"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m trainer.export.prepare", description=__doc__.splitlines()[0])
+    parser.add_argument("--source", type=Path, required=True, help="a Hugging Face model folder")
+    parser.add_argument("--template", required=True, help="the chat template, by name")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to make; its name is the base's name")
+    parser.add_argument("--name", help="the base's name, where it is not the folder's")
+    parser.add_argument("--threads", type=int, default=0, help="for quantising; 0 means all")
+    options = parser.parse_args(arguments)
+    try:
+        prepare(options.source, options.template, options.out, options.name, options.threads)
+    except (UnsupportedModel, KeyError, ValueError) as error:
+        print(f"cannot prepare {options.source}: {error.args[0]}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def prepare(source: Path, template: str, out: Path, name: str | None = None, threads: int = 0) -> None:
+    """Makes the folder `out`; one that is there already is replaced. Raises UnsupportedModel, KeyError or ValueError."""
+    folder = HfFolder(source)
+    name = name or out.name
+    bundle = make_bundle(template, folder.read_bytes("tokenizer.json"), folder.eos_token_ids)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _written_beside(out) as beside, _progress(folder) as progress:
+        (beside / "config.json").write_bytes(folder.read_bytes("config.json"))
+        for file in (TEMPLATE_FILE, TOKENIZER_FILE):
+            (beside / file).write_bytes(bundle.to_files()[file])
+        task = progress.add_task("float16", total=None)
+        write_f16_gguf(folder, name, beside / F16_FILE, progress=lambda _: progress.advance(task))
+        progress.update(task, description="q4_0 (llama.cpp)")
+        write_q4_0_gguf(beside / F16_FILE, beside / Q4_0_FILE, threads)
+        base = {
+            "name": name,
+            "architecture": folder.config["architectures"][0],
+            "context_length": folder.context_length,
+            "digest": f"sha256:{file_sha256(beside / Q4_0_FILE)}",
+            "template": template,
+            "eos_token_ids": folder.eos_token_ids,
+        }
+        (beside / "base.json").write_text(json.dumps(base, indent=1) + "\n")
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _written_beside(out: Path) -> Iterator[Path]:
+    beside = out.parent / f".{out.name}.{os.getpid()}"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        yield beside
+        for file in beside.iterdir():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        fsync_folder(beside)
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(beside, out)
+        fsync_folder(out.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def _progress(folder: HfFolder) -> Iterator[Progress]:
+    columns = (TextColumn("preparing {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield progress
+
+
+if __name__ == "__main__":
+    sys.exit(main())
