@@ -1,0 +1,55 @@
+"""One page of a list, read by key and not by offset: rows that are added meanwhile move nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+from sqlalchemy import Column, ColumnElement, Connection, RowMapping, Select, Table, and_, or_, select
+
+T = TypeVar("T")
+
+
+Order = Literal["asc", "desc"]
+
+
+@dataclass(frozen=True)
+class Page(Generic[T]):
+    items: list[T]
+    has_more: bool
+
+
+def select_page(
+    connection: Connection,
+    table: Table,
+    *where: ColumnElement[bool],
+    limit: int,
+    after: str | None = None,
+    order: Order = "desc",
+    id_column: str = "id",
+) -> Page[RowMapping]:
+    """At most `limit` rows of `table` that satisfy `where`, by (created_at, seq), newest first unless `order` is "asc".
+
+    The row named `after` gives only the place: it may have been deleted in the sense of `where`. A name that the table
+    never held has nothing after it.
+    """
+    statement: Select[Any] = select(table).where(*where)
+    created_at: Column[int] = table.c.created_at
+    seq: Column[int] = table.c.seq
+    if after is not None:
+        place = connection.execute(select(created_at, seq).where(table.c[id_column] == after)).one_or_none()
+        if place is None:
+            return Page([], has_more=False)
+        statement = statement.where(_beyond(created_at, seq, place.created_at, place.seq, order))
+    if order == "desc":
+        statement = statement.order_by(created_at.desc(), seq.desc())
+    else:
+        statement = statement.order_by(created_at, seq)
+    rows = list(connection.execute(statement.limit(limit + 1)).mappings())
+    return Page(rows[:limit], has_more=len(rows) > limit)
+
+
+def _beyond(created_at: Column[int], seq: Column[int], at_s: int, at_seq: int, order: Order) -> ColumnElement[bool]:
+    if order == "desc":
+        return or_(created_at < at_s, and_(created_at == at_s, seq < at_seq))
+    return or_(created_at > at_s, and_(created_at == at_s, seq > at_seq))

@@ -1,0 +1,152 @@
+"""Every table of the store, as SQLAlchemy Core sees it. A leaf: what is here must be portable to PostgreSQL.
+
+`migrations/` builds these tables; a test holds the two together. Each table has `seq`, the order in which its rows were
+inserted, and an index over (project_id, …, created_at, seq), by which lists are read (`pages.py`). Times are unix
+seconds. A JSON column holds SQL NULL for None.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+DEFAULT_PROJECT = "default"
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+    }
+)
+
+BigSerial = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows only under this very word
+Json = JSON(none_as_null=True)
+
+
+def _seq() -> Column[int]:
+    return Column("seq", BigSerial, primary_key=True, autoincrement=True)
+
+
+def _project() -> Column[str]:
+    return Column("project_id", Text, nullable=False, server_default=DEFAULT_PROJECT)
+
+
+# A deleted file keeps its row, without its bytes, so that a list being walked while it is emptied keeps its place.
+files = Table(
+    "files",
+    metadata,
+    _seq(),
+    Column("id", Text, nullable=False, unique=True),  # "file-…"
+    _project(),
+    Column("created_at", BigInteger, nullable=False),
+    Column("filename", Text, nullable=False),  # for display only
+    Column("purpose", Text, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("digest", Text, nullable=False, index=True),  # of the blob, hexadecimal sha256
+    Column("status", Text, nullable=False, server_default="processed"),  # uploaded | processed | error
+    Column("status_details", Text),
+    Column("expires_at", BigInteger, index=True),
+    Column("deleted_at", BigInteger),
+    Index("ix_files_listed", "project_id", "created_at", "seq"),
+    sqlite_autoincrement=True,
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    _seq(),
+    Column("id", Text, nullable=False, unique=True),  # "ftjob-…"
+    _project(),
+    Column("created_at", BigInteger, nullable=False),
+    Column("model", Text, nullable=False),  # as the client asked, an alias maybe
+    Column("base", Text, nullable=False),  # the base that it stood for
+    Column("training_file", Text, nullable=False),
+    Column("validation_file", Text),
+    Column("suffix", Text),
+    Column("seed", BigInteger, nullable=False),
+    Column("hyperparameters", Json, nullable=False),  # as asked; resolved ones are in `check`
+    Column("method", Json),
+    Column("metadata", Json),
+    Column("integrations", Json),
+    Column("idempotency_key", Text),
+    Column("status", Text, nullable=False, index=True),
+    Column("error", Json),
+    Column("started_at", BigInteger),
+    Column("finished_at", BigInteger),
+    Column("estimated_finish", BigInteger),
+    Column("fine_tuned_model", Text),
+    Column("trained_tokens", BigInteger),
+    Column("result_files", Json),
+    Column("attempt", Integer, nullable=False, server_default="0"),  # 0: no trainer was started yet
+    Column("cursor_offset", BigInteger, nullable=False, server_default="0"),  # bytes read of the attempt's events.jsonl
+    Column("check", Json),  # what the trainer's check found
+    UniqueConstraint("project_id", "idempotency_key"),
+    Index("ix_jobs_listed", "project_id", "created_at", "seq"),
+    sqlite_autoincrement=True,
+)
+
+events = Table(
+    "events",
+    metadata,
+    _seq(),
+    Column("id", Text, nullable=False, unique=True),  # "ftevent-…"
+    _project(),
+    Column("job_id", Text, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("level", Text, nullable=False),  # info | warn | error
+    Column("type", Text, nullable=False),  # message | metrics
+    Column("message", Text, nullable=False),
+    Column("data", Json),
+    Column("source_key", Text, unique=True),  # "job/attempt/seq": a line that is read again is stored once
+    Index("ix_events_listed", "job_id", "created_at", "seq"),
+    sqlite_autoincrement=True,
+)
+
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    _seq(),
+    Column("id", Text, nullable=False, unique=True),  # "ftckpt_…"
+    _project(),
+    Column("job_id", Text, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("step_number", Integer, nullable=False),
+    Column("metrics", Json, nullable=False),
+    Column("name", Text, nullable=False),  # fine_tuned_model_checkpoint
+    UniqueConstraint("job_id", "step_number"),
+    Index("ix_checkpoints_listed", "job_id", "created_at", "seq"),
+    sqlite_autoincrement=True,
+)
+
+models = Table(
+    "models",
+    metadata,
+    _seq(),
+    Column("name", Text, nullable=False),  # the public one, "ft:…"
+    _project(),
+    Column("created_at", BigInteger, nullable=False),
+    Column("base", Text, nullable=False),
+    Column("adapter_digest", Text, nullable=False),
+    Column("adapter_path", Text, nullable=False),
+    Column("engine_name", Text, nullable=False),  # immutable: what engines know it by
+    Column("template_digest", Text, nullable=False),
+    Column("job_id", Text, ForeignKey("jobs.id", ondelete="SET NULL")),
+    Column("owned_by", Text, nullable=False),
+    Column("step_number", Integer),  # of the checkpoint; NULL for a job's final model
+    Column("deleted_at", BigInteger),
+    UniqueConstraint("project_id", "name"),
+    Index("ix_models_listed", "project_id", "created_at", "seq"),
+    sqlite_autoincrement=True,
+)
