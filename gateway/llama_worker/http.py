@@ -1,0 +1,319 @@
+"""The worker's HTTP side: bytes in, bytes out, on a thread of its own with its own event loop.
+
+Its rule: it only moves bytes. A request is parsed, put into the scheduler's inbox, and what comes back is written: one
+hand-over a round for all requests together, one write a request. A client that goes away cancels its request, streaming
+or not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import orjson
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gateway.errors import BodyTooLarge, EngineUnavailable, ModelNotFound, RequestError, TunegateError, Unauthorized
+from gateway.llama_worker.adapters import Adapters
+from gateway.llama_worker.metrics import CONTENT_TYPE, Metrics
+from gateway.llama_worker.scheduler import Event, Finished, Generation, Scheduler
+from gateway.llama_worker.wire import (
+    DONE,
+    Choice,
+    Completion,
+    Limits,
+    Reply,
+    parse_adapter,
+    parse_body,
+    parse_completion,
+)
+
+log = logging.getLogger(__name__)
+
+BODY_LIMIT_BYTES = 8 * 2**20
+RETRY_AFTER_S = 1
+
+
+class Front:
+    """The ASGI app in front of one scheduler."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        adapters: Adapters,
+        metrics: Metrics,
+        limits: Limits,
+        served_name: str,
+        key: str,
+        version: dict[str, Any],
+        max_queue: int,
+    ) -> None:
+        self._scheduler = scheduler
+        self._adapters = adapters
+        self._metrics = metrics
+        self._limits = limits
+        self._served_name = served_name
+        self._version = version
+        self._in_flight = 0  # choices asked for and not yet answered; touched on the loop only
+        self._in_flight_limit = limits.max_num_seqs + max_queue
+        self._started_at = int(time.time())
+        self.draining = False
+        routes = [
+            Route("/health", self._health, methods=["GET"]),
+            Route("/version", self._show_version, methods=["GET"]),
+            Route("/metrics", self._show_metrics, methods=["GET"]),
+            Route("/v1/models", self._models, methods=["GET"]),
+            Route("/v1/completions", _Endpoint(self._complete), methods=["POST"]),
+            Route("/v1/load_lora_adapter", self._load, methods=["POST"]),
+            Route("/v1/unload_lora_adapter", self._unload, methods=["POST"]),
+        ]
+        handlers: Any = {TunegateError: _error_response, HTTPException: _http_error, Exception: _unexpected}
+        self.app: ASGIApp = _Locked(Starlette(routes=routes, exception_handlers=handlers), key)
+
+    async def _health(self, request: Request) -> Response:
+        if self.draining:
+            raise EngineUnavailable("The worker is shutting down.", retry_after_s=RETRY_AFTER_S)
+        return PlainTextResponse("ok")
+
+    async def _show_version(self, request: Request) -> Response:
+        return _json(self._version)
+
+    async def _show_metrics(self, request: Request) -> Response:
+        return Response(self._metrics.text(), media_type=CONTENT_TYPE)
+
+    async def _models(self, request: Request) -> Response:
+        listed: list[tuple[str, str, str | None]] = [(self._served_name, self._served_name, None)]
+        listed += [(name, str(path), self._served_name) for name, path in self._adapters.names().items()]
+        data = [
+            {
+                "id": name,
+                "object": "model",
+                "created": self._started_at,
+                "owned_by": "tunegate",
+                "root": root,
+                "parent": parent,
+                "max_model_len": self._limits.max_model_len,
+            }
+            for name, root, parent in listed
+        ]
+        return _json({"object": "list", "data": data})
+
+    async def _load(self, request: Request) -> Response:
+        name, path = parse_adapter(parse_body(await _read_body(request.receive)))
+        await self._ask(lambda reply: self._scheduler.load(name, path, reply))
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+    async def _unload(self, request: Request) -> Response:
+        name, _ = parse_adapter(parse_body(await _read_body(request.receive)))
+        await self._ask(lambda reply: self._scheduler.unload(name, reply))
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+    async def _ask(self, order: Callable[[Callable[[TunegateError | None], None]], None]) -> None:
+        loop = asyncio.get_running_loop()
+        answered: asyncio.Future[TunegateError | None] = loop.create_future()
+
+        def settle(error: TunegateError | None) -> None:
+            if not answered.done():  # it is, when the client went away
+                answered.set_result(error)
+
+        order(lambda error: _call_soon(loop, settle, error))
+        error = await answered
+        if error is not None:
+            raise error
+
+    async def _complete(self, receive: Receive, send: Send) -> None:
+        request = parse_completion(parse_body(await _read_body(receive)), self._limits)
+        if request.model != self._served_name and self._adapters.get(request.model) is None:
+            raise ModelNotFound(request.model)
+        if self.draining or self._in_flight + request.n > self._in_flight_limit:
+            why = "is shutting down" if self.draining else f"has {self._in_flight} sequences in flight, its limit"
+            raise EngineUnavailable(f"The worker {why}; try again.", retry_after_s=RETRY_AFTER_S)
+        mailbox = _Mailbox()
+        generation = Generation(request, mailbox.put)
+        reply = Reply(f"cmpl-{uuid.uuid4().hex}", request)
+        watcher = asyncio.ensure_future(_watch(receive, mailbox))
+        self._in_flight += request.n
+        self._scheduler.submit(generation)
+        try:
+            await (_stream if request.stream else _answer)(request, reply, mailbox, send)
+        except _Gone:
+            log.debug("a client went away")
+        finally:
+            self._in_flight -= request.n
+            watcher.cancel()
+            self._scheduler.cancel(generation)  # does nothing to one that is over
+
+
+class _Gone(Exception):
+    """The client closed its connection."""
+
+
+class _Mailbox:
+    """Events for one request; filled and emptied on the loop."""
+
+    def __init__(self) -> None:
+        self._events: list[Event | _Gone] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, event: Event | _Gone) -> None:
+        self._events.append(event)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take(self) -> list[Event]:
+        """All events since the last call, at least one; raises _Gone when the client has left."""
+        if not self._events:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        events, self._events = self._events, []
+        for event in events:
+            if isinstance(event, _Gone):
+                raise event
+        return events  # type: ignore[return-value]  # no _Gone among them
+
+
+async def _watch(receive: Receive, mailbox: _Mailbox) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    mailbox.put(_Gone())
+
+
+async def _stream(request: Completion, reply: Reply, mailbox: _Mailbox, send: Send) -> None:
+    started = False
+    tokens = 0
+    while True:
+        frames = []
+        finished = False
+        for event in await mailbox.take():
+            if isinstance(event, Choice):
+                frames.append(reply.frame(event))
+                tokens += len(event.ids)
+            elif isinstance(event, Finished):
+                finished = True
+                frames += [reply.usage_frame(tokens)] if request.include_usage else []
+                frames.append(DONE)
+            elif not started:
+                raise event
+            else:
+                finished = True
+                frames.append(b"data: " + orjson.dumps(event.body()) + b"\n\n")
+        if not started:
+            started = True
+            headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"".join(frames), "more_body": not finished})
+        if finished:
+            return
+
+
+async def _answer(request: Completion, reply: Reply, mailbox: _Mailbox, send: Send) -> None:
+    choices = [Choice(index, [], []) for index in range(request.n)]
+    while True:
+        for event in await mailbox.take():
+            if isinstance(event, Choice):
+                choice = choices[event.index]
+                choice.ids += event.ids
+                choice.scores += event.scores
+                choice.finish_reason, choice.stop_reason = event.finish_reason, event.stop_reason
+            elif isinstance(event, Finished):
+                await _send_json(send, 200, reply.body(choices, event.prompt_scores))
+                return
+            else:
+                raise event
+
+
+def publisher(loop: asyncio.AbstractEventLoop) -> Callable[[list[tuple[Generation, Event]]], None]:
+    """What the scheduler calls with the events of a round: one hand-over to `loop` for all of them."""
+
+    def deliver(events: list[tuple[Generation, Event]]) -> None:
+        for generation, event in events:
+            generation.deliver(event)
+
+    return lambda events: _call_soon(loop, deliver, events)
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[Any], None], argument: Any) -> None:
+    try:
+        loop.call_soon_threadsafe(function, argument)
+    except RuntimeError:
+        log.debug("the event loop is closed; nobody is left to tell")
+
+
+class _Endpoint:
+    """A bare ASGI endpoint: no Request and no Response object on the hot path."""
+
+    def __init__(self, handle: Callable[[Receive, Send], Awaitable[None]]) -> None:
+        self._handle = handle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._handle(receive, send)
+
+
+class _Locked:
+    """Lets through what carries the key, and /health."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app = app
+        self._expected = b"Bearer " + key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != "/health":
+            given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+            if not hmac.compare_digest(given, self._expected):
+                error = Unauthorized("The worker's key is missing or wrong: send `Authorization: Bearer KEY`.")
+                await _send_json(send, error.status, orjson.dumps(error.body()))
+                return
+        await self._app(scope, receive, send)
+
+
+async def _read_body(receive: Receive) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise RequestError("The connection closed before the body was complete.")
+        part = message.get("body", b"")
+        size += len(part)
+        if size > BODY_LIMIT_BYTES:
+            raise BodyTooLarge(f"The body is larger than {BODY_LIMIT_BYTES} bytes.")
+        parts.append(part)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+async def _send_json(send: Send, status: int, body: bytes) -> None:
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(content), status, headers, "application/json")
+
+
+async def _error_response(request: Request, error: Exception) -> Response:
+    assert isinstance(error, TunegateError)
+    headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
+    return _json(error.body(), error.status, headers)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    wrong = RequestError(f"{request.method} {request.url.path}: {error.detail}.")
+    return _json(wrong.body(), error.status_code)
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return _json(TunegateError("The worker failed on this request; its log says why.").body(), 500)

@@ -1,0 +1,227 @@
+"""llama.cpp's model and context as two Python objects with numpy in and out.
+
+Everything that touches the C API is here, so that the rest of the worker never sees a pointer. Its rule: only the thread
+that runs the decode loop calls it (llama.cpp's contexts are not thread-safe), and what is opened is closed in this order:
+context, adapters, model. Runs in the worker process and in the child that proves it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import llama_cpp.llama_cpp as llama
+import numpy as np
+import numpy.typing as npt
+
+log = logging.getLogger(__name__)
+
+Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+
+FLASH_ATTENTION_OFF = 0
+KV_BYTES_PER_VALUE = 2  # f16, llama.cpp's default for both K and V
+LOG_LEVEL_ERROR = 4
+LOG_LEVEL_CONTINUED = 5
+
+
+class NativeError(RuntimeError):
+    """llama.cpp refused something; the message carries what it logged."""
+
+
+class NativeLog:
+    """Passes llama.cpp's log lines to ours at debug, and keeps the errors for messages of our own."""
+
+    def __init__(self) -> None:
+        self._errors: list[str] = []
+        self._callback = llama.llama_log_callback(self._receive)  # kept: ctypes does not own what it hands to C
+        llama.llama_log_set(self._callback, ctypes.c_void_p())
+
+    def take_errors(self) -> str:
+        """The error lines since the last call, joined, and forgotten."""
+        errors, self._errors = self._errors, []
+        return "; ".join(errors)
+
+    def _receive(self, level: int, text: bytes, user_data: object) -> None:
+        line = text.decode(errors="replace").strip()
+        if not line or level == LOG_LEVEL_CONTINUED:
+            return
+        if level == LOG_LEVEL_ERROR and len(self._errors) < 20:
+            self._errors.append(line)
+        log.debug("llama.cpp: %s", line)
+
+
+class Adapter:
+    """A LoRA adapter in memory; `llama.cpp` scales it by its own alpha / rank."""
+
+    def __init__(self, pointer: object) -> None:
+        self.pointer: object | None = pointer
+
+    def close(self) -> None:
+        """Frees it. No open context may use it."""
+        if self.pointer is not None:
+            llama.llama_adapter_lora_free(self.pointer)
+            self.pointer = None
+
+
+class Model:
+    """A GGUF model in memory."""
+
+    def __init__(self, path: Path, native_log: NativeLog, use_extra_bufts: bool = True) -> None:
+        self._log = native_log
+        self._log.take_errors()
+        params = llama.llama_model_default_params()
+        params.use_extra_bufts = use_extra_bufts
+        params.n_gpu_layers = 0
+        self.pointer = llama.llama_model_load_from_file(str(path).encode(), params)
+        if not self.pointer:
+            raise NativeError(f"llama.cpp cannot load {path}: {self._log.take_errors() or 'no reason given'}")
+        self._vocab = llama.llama_model_get_vocab(self.pointer)
+        self.vocab_size = int(llama.llama_vocab_n_tokens(self._vocab))
+        self.trained_context = int(llama.llama_model_n_ctx_train(self.pointer))
+        self.end_ids = frozenset(i for i in range(self.vocab_size) if llama.llama_vocab_is_eog(self._vocab, i))
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of KV that one position of one sequence takes (an upper bound where layers differ)."""
+        heads = max(1, llama.llama_model_n_head(self.pointer))
+        kv_heads = llama.llama_model_n_head_kv(self.pointer) or heads
+        width = llama.llama_model_n_embd(self.pointer) * kv_heads // heads
+        return int(llama.llama_model_n_layer(self.pointer) * width * 2 * KV_BYTES_PER_VALUE)
+
+    def load_adapter(self, path: Path) -> Adapter:
+        """The adapter in the GGUF file at `path`; NativeError with llama.cpp's reason when it refuses."""
+        self._log.take_errors()
+        pointer = llama.llama_adapter_lora_init(self.pointer, str(path).encode())
+        if not pointer:
+            raise NativeError(self._log.take_errors() or "llama.cpp gave no reason")
+        return Adapter(pointer)
+
+    def close(self) -> None:
+        """Frees it. Contexts and adapters must be closed before."""
+        if self.pointer:
+            llama.llama_model_free(self.pointer)
+            self.pointer = None
+
+
+@dataclass(frozen=True)
+class ContextSize:
+    """How much a context holds: `sequences` of `context` positions each, `batch` tokens at most in one decode."""
+
+    context: int
+    sequences: int
+    batch: int
+
+
+class Context:
+    """KV memory for several sequences, and the decode step over them.
+
+    Each sequence has a stream of its own (`kv_unified` off): its numbers do not depend on where its neighbours' KV
+    happens to lie, and it can always reach the whole context.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        size: ContextSize,
+        threads: int,
+        flash_attention: int = FLASH_ATTENTION_OFF,
+        should_abort: Callable[[], bool] | None = None,
+    ) -> None:
+        params = llama.llama_context_default_params()
+        params.n_ctx = size.context * size.sequences
+        params.n_batch = params.n_ubatch = size.batch
+        params.n_seq_max = size.sequences
+        params.kv_unified = False
+        params.n_threads = params.n_threads_batch = threads
+        params.flash_attn_type = flash_attention
+        params.no_perf = True
+        self.size = size
+        self._model = model
+        self.pointer = llama.llama_init_from_model(model.pointer, params)
+        if not self.pointer:
+            raise NativeError(f"llama.cpp cannot make a context of {size}: {model._log.take_errors()}")
+        self._memory = llama.llama_get_memory(self.pointer)
+        self.adapter: Adapter | None = None  # of the next decode
+        self._allocate_batch(size.batch)
+        self.context = int(llama.llama_n_ctx_seq(self.pointer))
+
+    def decode(
+        self, ids: Sequence[int], positions: Sequence[int], sequences: Sequence[int], wanted: Sequence[bool]
+    ) -> Floats:
+        """Runs one batch and returns the logits of the wanted rows, in order: (wanted, vocab).
+
+        The array is a view of llama.cpp's buffer: it holds until the next decode.
+        """
+        count = len(ids)
+        self._ids[:count] = ids
+        self._positions[:count] = positions
+        self._sequences[:count] = sequences
+        self._wanted[:count] = wanted
+        self._batch.n_tokens = count
+        status = llama.llama_decode(self.pointer, self._batch)
+        if status:
+            raise NativeError(f"llama_decode returned {status}: {self._model._log.take_errors()}")
+        rows = int(np.count_nonzero(self._wanted[:count]))
+        if not rows:
+            return np.empty((0, self._model.vocab_size), dtype=np.float32)
+        buffer = llama.llama_get_logits(self.pointer)
+        return np.ctypeslib.as_array(buffer, shape=(rows, self._model.vocab_size))
+
+    def use_adapter(self, adapter: Adapter | None) -> None:
+        """Makes the next decodes run under `adapter`, or under the base alone."""
+        if adapter is self.adapter:
+            return
+        if adapter is None:
+            status = llama.llama_set_adapters_lora(self.pointer, None, 0, None)
+        else:
+            pointers = (llama.llama_adapter_lora_p_ctypes * 1)(adapter.pointer)
+            status = llama.llama_set_adapters_lora(self.pointer, pointers, 1, (ctypes.c_float * 1)(1.0))
+        if status:
+            raise NativeError(f"llama_set_adapters_lora returned {status}")
+        self.adapter = adapter
+
+    def clear(self, sequence: int) -> None:
+        """Forgets the KV of a sequence."""
+        llama.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+
+    def copy(self, source: int, target: int) -> None:
+        """Gives `target` a copy of the KV of `source`."""
+        llama.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def close(self) -> None:
+        """Frees it; before its adapters and its model."""
+        if self.pointer:
+            llama.llama_free(self.pointer)
+            self.pointer = None
+
+    def _allocate_batch(self, size: int) -> None:
+        # The C struct points into numpy arrays that we fill: no per-token ctypes call in the loop.
+        self._ids: Ints = np.zeros(size, dtype=np.int32)
+        self._positions: Ints = np.zeros(size, dtype=np.int32)
+        self._sequences: Ints = np.zeros(size, dtype=np.int32)
+        self._counts: Ints = np.ones(size, dtype=np.int32)
+        self._wanted: npt.NDArray[np.int8] = np.zeros(size, dtype=np.int8)
+        base = self._sequences.ctypes.data
+        self._sequence_pointers = np.arange(base, base + 4 * size, 4, dtype=np.uint64)
+        batch = llama.llama_batch()
+        for field, array in (
+            ("token", self._ids),
+            ("pos", self._positions),
+            ("n_seq_id", self._counts),
+            ("seq_id", self._sequence_pointers),
+            ("logits", self._wanted),
+        ):
+            kind = dict(llama.llama_batch._fields_)[field]
+            setattr(batch, field, ctypes.cast(array.ctypes.data, kind))
+        self._batch = batch
+
+
+def library_version() -> str:
+    """The version of llama-cpp-python and of the llama.cpp in it."""
+    import llama_cpp
+
+    return f"llama-cpp-python {llama_cpp.__version__}, llama.cpp {llama.llama_version().decode()}"

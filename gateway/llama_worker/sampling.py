@@ -1,0 +1,140 @@
+"""Logits of one position → the next token of one sequence. Pure numpy; runs on the decode loop's thread.
+
+Its rule: a token depends on the sequence's own logits, history, parameters and random stream, and on nothing else, so that
+the same seed gives the same text whatever else runs. The order is vLLM's: bias, floor of `min_tokens`, penalties, (greedy
+choice or) temperature, min_p, top_k, top_p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+Logits = npt.NDArray[np.float32]
+
+GREEDY_BELOW = 1e-5  # a temperature under this is 0, as in vLLM
+FIRST_CANDIDATES = 256  # top_p looks at so many of the largest first, and at all only if they do not reach it
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a request's tokens are chosen; values are validated where it is parsed."""
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = off
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+
+
+class Sampler:
+    """The random stream, the history and the rules of one sequence."""
+
+    def __init__(
+        self, sampling: Sampling, prompt_ids: Sequence[int], index: int, vocab_size: int, end_ids: frozenset[int]
+    ) -> None:
+        self.sampling = sampling
+        seed = None if sampling.seed is None else [sampling.seed, index]
+        self._random = np.random.Generator(np.random.Philox(seed))
+        self._bias_ids = np.fromiter(sampling.logit_bias, dtype=np.int64)
+        self._bias = np.fromiter(sampling.logit_bias.values(), dtype=np.float32)
+        ends = sampling.stop_ids if sampling.ignore_eos else sampling.stop_ids | end_ids
+        self._floor_ids = np.fromiter(ends, dtype=np.int64)
+        self._generated = 0
+        self._penalised = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
+        # Only sequences with penalties pay for counts of the size of the vocabulary.
+        self._counts = np.zeros(vocab_size, dtype=np.float32) if self._penalised else None
+        self._seen: npt.NDArray[np.bool_] | None = None
+        if sampling.repetition_penalty != 1:
+            self._seen = np.zeros(vocab_size, dtype=np.bool_)
+            self._seen[np.asarray(prompt_ids, dtype=np.int64)] = True
+
+    def choose(self, logits: Logits) -> int:
+        """The next token for `logits` (vocab); remembers it. The array is not changed."""
+        token = self._pick(self._adjust(logits))
+        self._generated += 1
+        if self._counts is not None:
+            self._counts[token] += 1
+        if self._seen is not None:
+            self._seen[token] = True
+        return token
+
+    def _adjust(self, logits: Logits) -> Logits:
+        sampling = self.sampling
+        floored = self._generated < sampling.min_tokens and self._floor_ids.size > 0
+        if not (self._bias_ids.size or floored or self._counts is not None or self._seen is not None):
+            return logits
+        logits = logits.copy()
+        if self._bias_ids.size:
+            logits[self._bias_ids] += self._bias
+        if floored:
+            logits[self._floor_ids] = -np.inf
+        if self._seen is not None:
+            seen = logits[self._seen]
+            penalty = np.float32(sampling.repetition_penalty)
+            logits[self._seen] = np.where(seen > 0, seen / penalty, seen * penalty)
+        if self._counts is not None:
+            logits -= np.float32(sampling.frequency_penalty) * self._counts
+            logits -= np.float32(sampling.presence_penalty) * (self._counts > 0)
+        return logits
+
+    def _pick(self, logits: Logits) -> int:
+        sampling = self.sampling
+        if sampling.temperature < GREEDY_BELOW:
+            return int(logits.argmax())
+        scaled = logits.astype(np.float64) / sampling.temperature
+        weights = np.exp(scaled - scaled.max())  # largest = 1, so min_p is a plain threshold
+        ids = np.arange(len(weights))
+        if sampling.min_p > 0:
+            ids = ids[weights >= sampling.min_p]
+        if 0 < sampling.top_k < len(ids):
+            ids = _largest(weights, ids, sampling.top_k)
+        if sampling.top_p < 1:
+            ids = _nucleus(weights, ids, sampling.top_p)
+        cumulative = np.cumsum(weights[ids])
+        drawn = self._random.random() * cumulative[-1]
+        # `drawn` may round up to the last border itself.
+        return int(ids[min(int(np.searchsorted(cumulative, drawn, side="right")), len(ids) - 1)])
+
+
+def log_probabilities(logits: Logits) -> Logits:
+    """log softmax over the last axis, of the raw logits."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    total = np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)
+    return np.asarray(shifted - np.log(total), dtype=np.float32)
+
+
+def top_ids(values: Logits, count: int) -> npt.NDArray[np.int64]:
+    """The ids of the `count` largest values, largest first, the lower id first among equals."""
+    count = min(count, len(values))
+    if count == 0:
+        return np.empty(0, dtype=np.int64)
+    ids = np.argpartition(-values, count - 1)[:count]
+    return ids[np.lexsort((ids, -values[ids]))]
+
+
+def _largest(weights: npt.NDArray[np.float64], ids: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
+    kept = np.argpartition(-weights[ids], count - 1)[:count]
+    return np.sort(ids[kept])
+
+
+def _nucleus(weights: npt.NDArray[np.float64], ids: npt.NDArray[np.int64], top_p: float) -> npt.NDArray[np.int64]:
+    """The fewest of `ids` whose weights reach `top_p` of their sum; at least one."""
+    wanted = top_p * weights[ids].sum()
+    candidates = _largest(weights, ids, FIRST_CANDIDATES) if len(ids) > FIRST_CANDIDATES else ids
+    if candidates is not ids and weights[candidates].sum() < wanted:
+        candidates = ids
+    ordered = candidates[np.argsort(-weights[candidates], kind="stable")]
+    reached = int(np.searchsorted(np.cumsum(weights[ordered]), wanted, side="left"))
+    return ordered[: max(1, reached + 1)]
