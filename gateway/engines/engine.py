@@ -1,0 +1,275 @@
+"""The engine of one base: a worker process, and the adapters that are wanted on it.
+
+Its rule: desired against loaded. Whatever is desired is loaded and verified after every start before the engine counts
+as ready; what is loaded and not desired is unloaded. An adapter that fails is marked unservable and the others go on.
+Loading happens under one lock; forgetting needs none, since a name is never used again. Runs on the gateway's loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gateway.bases import PreparedBase
+from gateway.engines.adapters import Adapter, AdapterRejected
+from gateway.engines.client import Endpoint
+from gateway.engines.control import EngineControl
+from gateway.engines.process import State, Timings, WorkerProcess
+from gateway.engines.spawn import WORKER_COMMAND, WorkerFolder, WorkerSpec
+from gateway.engines.witness import Tolerances, WitnessReport, verify
+from gateway.errors import EngineError, EngineUnavailable
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 1.0
+RECHECK_ITEMS = 2  # of a witness after a restart: the full one was passed when the adapter was published
+ENSURE_TIMEOUT_S = 300.0
+
+
+class Standing(enum.Enum):
+    """Where a desired adapter stands on this engine."""
+
+    PENDING = "pending"  # not loaded and verified since the engine's last start
+    SERVED = "served"
+    UNSERVABLE = "unservable"  # the engine or the witness refused it; tried again after the next start
+
+
+@dataclass
+class AdapterStatus:
+    adapter: Adapter
+    standing: Standing = Standing.PENDING
+    report: WitnessReport | None = None
+    error: AdapterRejected | None = None
+
+
+class Engine:
+    """One base, served. `set_desired`, `await start()`, `await wait_ready()`; at the end `await stop()`."""
+
+    def __init__(
+        self,
+        base: PreparedBase,
+        folder: Path,
+        *,
+        context: int | None = None,
+        max_seqs: int = 8,
+        threads: int | None = None,
+        command: tuple[str, ...] = WORKER_COMMAND,
+        timings: Timings | None = None,
+        tolerances: Tolerances | None = None,
+    ) -> None:
+        """`folder` (DATA/engines/NAME) keeps what the next gateway needs to take the worker over."""
+        self.base = base
+        self.max_model_len = min(context or base.context_length, base.context_length)
+        self.version: dict[str, Any] = {}  # what the worker says of itself
+        self._tolerances = tolerances or Tolerances()
+        self._status: dict[str, AdapterStatus] = {}  # by engine name; its keys are what is desired
+        self._endpoint: Endpoint | None = None
+        self._control: EngineControl | None = None
+        self._ready = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._lock = asyncio.Lock()
+        self._listeners: list[Callable[[Engine], None]] = []
+        spec = WorkerSpec(base.name, base.gguf, base.digest, context, max_seqs, threads, command)
+        self._process = WorkerProcess(spec, WorkerFolder(folder), self._on_up, self._on_process_change, timings)
+
+    # what others see
+
+    @property
+    def ready(self) -> bool:
+        """Whether it answers and every desired adapter is verified (or known to be unservable)."""
+        return self._ready.is_set()
+
+    @property
+    def state(self) -> str:
+        """stopped, starting, reconciling (answers; adapters are being loaded), ready, backoff or stopping."""
+        if self._process.state is State.READY and not self.ready:
+            return "reconciling"
+        return self._process.state.value
+
+    @property
+    def reason(self) -> str | None:
+        """Why it is not ready, where that is known."""
+        return self._process.reason
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where requests go. EngineUnavailable while it is not ready."""
+        if self._endpoint is None or not self.ready:
+            raise self._unavailable()
+        return self._endpoint
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
+    @property
+    def restarts(self) -> int:
+        return self._process.restarts
+
+    @property
+    def adapters(self) -> dict[str, AdapterStatus]:
+        """The desired adapters by engine name, and how each stands. Not to be changed."""
+        return self._status
+
+    def serves(self, engine_name: str) -> bool:
+        """Whether a request may be sent for this adapter now."""
+        status = self._status.get(engine_name)
+        return self.ready and status is not None and status.standing is Standing.SERVED
+
+    def on_change(self, listener: Callable[[Engine], None]) -> None:
+        """Calls `listener(engine)` after every change of state or of an adapter's standing. It must not block."""
+        self._listeners.append(listener)
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Returns when it is ready; EngineUnavailable, with what holds it up, when it is not in time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._ready.wait()
+        except TimeoutError:
+            raise self._unavailable() from None
+
+    # in the order of its life
+
+    def set_desired(self, adapters: Iterable[Adapter]) -> None:
+        """The adapters that the database knows for this base; before `start`."""
+        self._status = {adapter.engine_name: AdapterStatus(adapter) for adapter in adapters}
+
+    async def start(self) -> None:
+        """Begins to spawn or take over the worker; returns at once (see `wait_ready`)."""
+        self._process.start()
+
+    async def ensure_adapter(
+        self, adapter: Adapter, witness: bool = True, timeout_s: float = ENSURE_TIMEOUT_S
+    ) -> WitnessReport | None:
+        """Makes the adapter served, and desired from now on; returns the whole witness's report (None without one).
+
+        AdapterRejected (WitnessMismatch among it) when it must not be served here: then it is desired no more. Outlives
+        a restart of the worker; EngineUnavailable when the time is up.
+        """
+        was_desired = adapter.engine_name in self._status
+        status = self._status.setdefault(adapter.engine_name, AdapterStatus(adapter))
+        served = False
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    await self._ready.wait()
+                    try:
+                        async with self._lock:
+                            if (control := self._control) is None:
+                                continue
+                            await self._make_servable(control, status, await control.models(), None, witness)
+                        break
+                    except AdapterRejected:
+                        raise
+                    except EngineError as error:  # the worker went away or was too busy: its next start may do
+                        log.warning("engine %s: %s: %s", self.base.name, adapter.engine_name, error.message)
+                        await asyncio.sleep(RETRY_S)
+            if self._status.get(adapter.engine_name) is not status:
+                raise AdapterRejected(f"{adapter.engine_name} was dropped while it was being loaded")
+            served = True
+        except TimeoutError:
+            raise self._unavailable(f"could not load {adapter.engine_name} within {timeout_s:g} s") from None
+        finally:
+            if not served and not was_desired and self._status.get(adapter.engine_name) is status:
+                del self._status[adapter.engine_name]
+                self._tell()
+        return status.report
+
+    async def drop_adapter(self, engine_name: str) -> None:
+        """Desires it no more; takes no new request for it at once and unloads it once its replies are over."""
+        if self._status.pop(engine_name, None) is not None:
+            self._tell()
+        if (control := self._control) is not None:
+            await self._unload(control, engine_name)
+
+    async def stop(self, keep_process: bool = False) -> None:
+        """Ends the worker, or leaves it to the next gateway. Returns when it is gone."""
+        await self._process.stop(keep_process)
+
+    # called by the process
+
+    async def _on_up(self, endpoint: Endpoint, control: EngineControl, version: dict[str, Any]) -> None:
+        self.version = version
+        if type(longest := version.get("max_model_len")) is int and longest > 0:
+            self.max_model_len = longest
+        self._endpoint, self._control = endpoint, control
+        for status in self._status.values():
+            status.standing = Standing.PENDING
+        while True:
+            try:
+                async with self._lock:
+                    await self._reconcile(control)
+                    self._ready.set()
+                break
+            except EngineError as error:
+                log.warning("engine %s: reconciling failed, tried again: %s", self.base.name, error.message)
+                await asyncio.sleep(RETRY_S)
+        self._tell()
+
+    def _on_process_change(self) -> None:
+        if self._process.state is not State.READY:
+            self._ready.clear()
+            self._endpoint = self._control = None
+        self._tell()
+
+    async def _reconcile(self, control: EngineControl) -> None:
+        began = time.monotonic()
+        loaded = await control.models()
+        for name in [name for name, parent in loaded.items() if parent is not None and name not in self._status]:
+            await self._unload(control, name)
+        for status in list(self._status.values()):
+            try:
+                await self._make_servable(control, status, loaded, RECHECK_ITEMS, True)
+            except AdapterRejected as error:
+                log.error(
+                    "engine %s: %s is not servable: %s", self.base.name, status.adapter.engine_name, error.message
+                )
+        if self._status:
+            seconds = time.monotonic() - began
+            log.info("engine %s: %d adapters reconciled in %.2f s", self.base.name, len(self._status), seconds)
+
+    async def _make_servable(
+        self,
+        control: EngineControl,
+        status: AdapterStatus,
+        loaded: dict[str, str | None],
+        max_items: int | None,
+        witness: bool,
+    ) -> None:
+        """Loads (unless a taken-over worker has it already: a name never changes its meaning) and verifies."""
+        adapter = status.adapter
+        try:
+            if adapter.engine_name not in loaded:
+                await control.load_adapter(adapter.engine_name, adapter.path)
+            if witness:
+                status.report = await verify(control, adapter, self._tolerances, max_items)
+        except AdapterRejected as error:
+            status.standing, status.error = Standing.UNSERVABLE, error
+            await self._unload(control, adapter.engine_name)
+            self._tell()
+            raise
+        if self._status.get(adapter.engine_name) is not status:  # dropped meanwhile
+            await self._unload(control, adapter.engine_name)
+        else:
+            status.standing, status.error = Standing.SERVED, None
+        self._tell()
+
+    async def _unload(self, control: EngineControl, name: str) -> None:
+        try:
+            await control.unload_adapter(name)
+        except (EngineError, AdapterRejected) as error:  # it is not asked for any more; its memory is all that it costs
+            log.warning("engine %s: %s was not unloaded: %s", self.base.name, name, error.message)
+
+    def _unavailable(self, what: str = "is not ready") -> EngineUnavailable:
+        why = f": {self.reason}" if self.reason else ""
+        return EngineUnavailable(f"the engine of {self.base.name} {what} ({self.state}){why}", retry_after_s=2)
+
+    def _tell(self) -> None:
+        for listener in self._listeners:
+            listener(self)

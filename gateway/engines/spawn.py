@@ -1,0 +1,189 @@
+"""How a worker is started, and how one that an earlier gateway started is found again: what stands in its folder.
+
+    key          the bearer key of this worker, 0600, made anew for every spawn
+    spawn.json   pid, start time and what it was started with; written right after the fork
+    ready.json   written by the worker when it can decode: pid, start time, port
+    worker.log   its stdout and stderr; worker.log.1 the one before
+
+Everything here blocks for some milliseconds and is called on a thread. The data folder's lock makes sure that no second
+gateway works on the same folder.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gateway
+from gateway.engines.handle import ProcessHandle
+from gateway.jobdir import process_start_time, read_json, write_json
+
+log = logging.getLogger(__name__)
+
+LOG_LIMIT_BYTES = 4 << 20
+LOG_TAIL_BYTES = 4096
+WORKER_COMMAND = (sys.executable, "-m", "gateway.llama_worker")
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What a worker is started with. A running one whose spec is equal is as good as a new one."""
+
+    served_name: str
+    model: Path
+    base_digest: str
+    context: int | None = None  # tokens a sequence; None: what the model was trained for
+    max_seqs: int = 8
+    threads: int | None = None  # None: the worker chooses
+    command: tuple[str, ...] = WORKER_COMMAND
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be equal for a running worker to be taken over; our version too, for the dialect's sake."""
+        return {
+            "tunegate": gateway.__version__,
+            "command": list(self.command),
+            "served_name": self.served_name,
+            "model": str(self.model),
+            "base_digest": self.base_digest,
+            "context": self.context,
+            "max_seqs": self.max_seqs,
+            "threads": self.threads,
+        }
+
+
+class WorkerFolder:
+    """DATA/engines/NAME: its files, and the worker that they tell of."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.key = self.path / "key"
+        self.spawn_record = self.path / "spawn.json"
+        self.ready_file = self.path / "ready.json"
+        self.log = self.path / "worker.log"
+
+    def spawn(self, spec: WorkerSpec) -> ProcessHandle:
+        """Starts a worker in a session of its own. OSError when that cannot be done."""
+        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.ready_file.unlink(missing_ok=True)
+        self.spawn_record.unlink(missing_ok=True)
+        self._write_key()
+        self._rotate_log()
+        with self.log.open("ab") as log_file:
+            child = subprocess.Popen(
+                self._argv(spec),
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=log_file,
+                start_new_session=True,
+                # `-m` looks in the working directory first: it must be ours, not one with some other `gateway` in it.
+                cwd=Path(gateway.__file__).parent.parent,
+            )
+        handle = ProcessHandle.of_child(child)
+        write_json(self.spawn_record, {"pid": handle.pid, "start_time": handle.start_time, "spec": spec.fingerprint()})
+        return handle
+
+    def find_worker(self, spec: WorkerSpec) -> tuple[ProcessHandle | None, list[ProcessHandle]]:
+        """The live worker that can be taken over, and those of ours that cannot and have to be ended."""
+        adoptable: ProcessHandle | None = None
+        leftovers: list[ProcessHandle] = []
+        record = _read_object(self.spawn_record)
+        recorded = _open_recorded(record)
+        if recorded is not None:
+            if record.get("spec") == spec.fingerprint():
+                adoptable = recorded
+            else:
+                leftovers.append(recorded)
+        # A gateway killed between the fork and spawn.json leaves a worker that only its command line tells of.
+        for pid in self._pids_by_command_line():
+            if recorded is None or pid != recorded.pid:
+                handle = ProcessHandle.open(pid, process_start_time(pid) or -1)
+                if handle is not None:
+                    leftovers.append(handle)
+        return adoptable, leftovers
+
+    def ready_port(self, handle: ProcessHandle) -> int | None:
+        """The port on which this very process says that it is ready; None while it does not."""
+        ready = _read_object(self.ready_file)
+        port = ready.get("port")
+        if ready.get("pid") != handle.pid or ready.get("start_time") != handle.start_time:
+            return None
+        return port if type(port) is int and 0 < port < 65536 else None
+
+    def read_key(self) -> str:
+        """The key of the running worker; OSError when it is not readable."""
+        return self.key.read_text().strip()
+
+    def log_tail(self, lines: int = 8) -> str:
+        """The last lines that the worker wrote, joined by " | "; control characters replaced."""
+        try:
+            with self.log.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
+                text = file.read().decode(errors="replace")
+        except OSError:
+            return ""
+        kept = [line.strip() for line in text.splitlines() if line.strip()][-lines:]
+        return "".join(c if c.isprintable() else "?" for c in " | ".join(kept))
+
+    def _argv(self, spec: WorkerSpec) -> list[str]:
+        argv = [*spec.command, "--model", str(spec.model), "--served-name", spec.served_name]
+        argv += ["--key-file", str(self.key), "--ready-file", str(self.ready_file), "--max-seqs", str(spec.max_seqs)]
+        if spec.context is not None:
+            argv += ["--ctx", str(spec.context)]
+        if spec.threads is not None:
+            argv += ["--threads", str(spec.threads)]
+        return argv
+
+    def _write_key(self) -> None:
+        self.key.unlink(missing_ok=True)
+        fd = os.open(self.key, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "w") as file:
+            file.write(secrets.token_urlsafe(32))
+
+    def _rotate_log(self) -> None:
+        try:
+            if self.log.stat().st_size > LOG_LIMIT_BYTES:
+                os.replace(self.log, self.log.with_name("worker.log.1"))
+        except FileNotFoundError:
+            pass
+
+    def _pids_by_command_line(self) -> list[int]:
+        wanted = [b"--ready-file", os.fsencode(self.ready_file)]
+        found = []
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                argv = (entry / "cmdline").read_bytes().split(b"\0")
+                # Only one that leads its session is a worker itself; a child that it forked shows the same words.
+                if any(argv[i : i + 2] == wanted for i in range(len(argv))) and os.getsid(int(entry.name)) == int(
+                    entry.name
+                ):
+                    found.append(int(entry.name))
+            except (OSError, ValueError):
+                continue  # gone, or another user's
+        return found
+
+
+def _open_recorded(record: dict[str, Any]) -> ProcessHandle | None:
+    pid, start_time = record.get("pid"), record.get("start_time")
+    if type(pid) is not int or type(start_time) is not int or pid <= 1:
+        return None
+    return ProcessHandle.open(pid, start_time)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = read_json(path)
+    except FileNotFoundError:
+        return {}
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        log.warning("%s is not readable and is taken as absent: %s", path, error)
+        return {}
+    return value if isinstance(value, dict) else {}
