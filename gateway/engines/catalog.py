@@ -1,0 +1,171 @@
+"""Public name → what serves it. The database's cache in memory: a name is looked up whole and never parsed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from gateway.bases import PreparedBase
+from gateway.chat.bundle import Bundle
+from gateway.engines.client import Deadlines, EngineClient, Endpoint
+from gateway.errors import EngineUnavailable, ModelNotFound, RequestError
+
+
+class ServingEngine(Protocol):
+    """What the catalog needs of an engine."""
+
+    @property
+    def endpoint(self) -> Endpoint: ...
+    @property
+    def ready(self) -> bool: ...
+    def serves(self, engine_name: str) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A model as a request finds it."""
+
+    name: str
+    base: str
+    bundle: Bundle
+    client: EngineClient
+    engine_model: str  # its name at the engine
+    context_length: int
+    created_at: int
+    owned_by: str
+    cache_salt: str = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A base model that is served, and what tuning it needs."""
+
+    name: str
+    bundle: Bundle
+    engine: ServingEngine
+    engine_model: str
+    context_length: int
+    created_at: int
+    prepared: PreparedBase
+
+
+@dataclass(frozen=True, slots=True)
+class TunedModel:
+    """A published adapter: a row of the models table with its bundle read."""
+
+    name: str
+    base: str
+    bundle: Bundle
+    engine_name: str
+    created_at: int
+    owned_by: str
+
+
+class Catalog:
+    """Filled at start from settings and database, then kept in step by publication and deletion."""
+
+    def __init__(self, deadlines: Deadlines) -> None:
+        self._deadlines = deadlines
+        self._bases: dict[str, Base] = {}
+        self._clients: dict[str, EngineClient] = {}
+        self._aliases: dict[str, str] = {}
+        self._served: dict[str, Served] = {}
+        self._tuned: set[str] = set()
+
+    def add_base(self, base: Base, aliases: Iterable[str] = ()) -> None:
+        """Serves a base under its name and its aliases."""
+        endpoint: Callable[[], Endpoint] = _endpoint_of(base)
+        client = EngineClient(endpoint, self._deadlines)
+        self._bases[base.name], self._clients[base.name] = base, client
+        for name in (base.name, *aliases):
+            self._aliases[name] = base.name
+            self._served[name] = Served(
+                name,
+                base.name,
+                base.bundle,
+                client,
+                base.engine_model,
+                base.context_length,
+                base.created_at,
+                "tunegate",
+            )
+
+    def publish(self, model: TunedModel) -> None:
+        """Serves a tuned model that an engine has loaded and verified."""
+        base = self._bases[model.base]
+        self._tuned.add(model.name)
+        self._served[model.name] = Served(
+            model.name,
+            model.base,
+            model.bundle,
+            self._clients[model.base],
+            model.engine_name,
+            base.context_length,
+            model.created_at,
+            model.owned_by,
+        )
+
+    def withdraw(self, name: str) -> None:
+        """No new request finds a tuned model any more; those that run are not touched."""
+        self._tuned.discard(name)
+        self._served.pop(name, None)
+
+    def resolve(self, name: str) -> Served:
+        """What serves `name`. Raises ModelNotFound; EngineUnavailable for an adapter that its engine does not serve now."""
+        served = self._served.get(name)
+        if served is None:
+            raise ModelNotFound(name)
+        if name in self._tuned:
+            engine = self._bases[served.base].engine
+            if engine.ready and not engine.serves(served.engine_model):
+                raise EngineUnavailable(
+                    f"the engine does not serve '{name}' at present; its log says why", retry_after_s=5
+                )
+        return served
+
+    def model(self, name: str) -> Served:
+        """What is known of `name`, whether or not its engine can be asked now. Raises ModelNotFound."""
+        served = self._served.get(name)
+        if served is None:
+            raise ModelNotFound(name)
+        return served
+
+    def base_for_tuning(self, name: str) -> Base:
+        """The base behind a base's own name or an alias. Raises ModelNotFound, RequestError for a tuned model."""
+        if name in self._tuned:
+            raise RequestError(
+                f"'{name}' is a tuned model; for now jobs start from a base: {', '.join(self._bases)}", param="model"
+            )
+        base = self._aliases.get(name)
+        if base is None:
+            raise ModelNotFound(name)
+        return self._bases[base]
+
+    def base(self, name: str) -> Base:
+        """The base of that very name. Raises KeyError."""
+        return self._bases[name]
+
+    def is_tuned(self, name: str) -> bool:
+        return name in self._tuned
+
+    def models(self) -> list[Served]:
+        """All that can be asked, bases first, then by age."""
+        return sorted(self._served.values(), key=lambda served: (served.name in self._tuned, served.created_at))
+
+    @property
+    def bases(self) -> list[Base]:
+        return list(self._bases.values())
+
+    def close(self) -> None:
+        for client in self._clients.values():
+            client.close()
+
+
+def _endpoint_of(base: Base) -> Callable[[], Endpoint]:
+    def endpoint() -> Endpoint:
+        if not base.engine.ready:
+            raise EngineUnavailable(f"the engine of '{base.name}' is starting; try again shortly", retry_after_s=2)
+        return base.engine.endpoint
+
+    return endpoint

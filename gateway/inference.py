@@ -1,0 +1,289 @@
+"""The one way to ask a model: resolve → render → generate → deltas. Chat and completions call it; none copies it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from gateway.chat.bundle import Bundle
+from gateway.chat.conversation import Message, RenderError
+from gateway.chat.parse import ReplyReader
+from gateway.chat.render import render_prompt
+from gateway.engines.catalog import Catalog, Served
+from gateway.engines.client import EngineStream
+from gateway.errors import ContextLengthExceeded, EngineError, RateLimited, RequestError
+
+# Rendering longer texts than this would hold up other streams for more than about a millisecond.
+_INLINE_CHARACTERS = 4000
+_LEAST_LOGPROB = -9999.0
+
+
+class Sampling(Protocol):
+    """What is asked of the engine; `wire.sampling` reads it."""
+
+    @property
+    def n(self) -> int: ...
+    @property
+    def max_tokens(self) -> int | None: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def min_p(self) -> float: ...
+    @property
+    def presence_penalty(self) -> float: ...
+    @property
+    def frequency_penalty(self) -> float: ...
+    @property
+    def repetition_penalty(self) -> float: ...
+    @property
+    def seed(self) -> int | None: ...
+    @property
+    def stops(self) -> tuple[str, ...]: ...
+    @property
+    def logit_bias(self) -> dict[str, float]: ...
+    @property
+    def logprobs(self) -> int | None: ...
+    @property
+    def ignore_eos(self) -> bool: ...
+    @property
+    def min_tokens(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A sampled token, what the model gave it, and the likeliest others (natural logarithms)."""
+
+    token: bytes
+    logprob: float
+    top: list[tuple[bytes, float]]
+
+
+@dataclass(slots=True)
+class Delta:
+    """What a choice got since the last one. `finish_reason` ("stop" or "length") comes once, with the last."""
+
+    index: int
+    text: str
+    finish_reason: str | None
+    logprobs: list[TokenLogprob] | None
+
+
+class Inference:
+    """Renders and asks. Holds no state of a request."""
+
+    def __init__(self, catalog: Catalog, requests_in_flight: int) -> None:
+        self._catalog = catalog
+        self._limit = requests_in_flight
+        self.in_flight = 0
+
+    async def chat(self, model: str, messages: Sequence[Message], sampling: Sampling, *, stream: bool) -> Generation:
+        """A reply to `messages`. Raises ModelNotFound, RequestError, ContextLengthExceeded, EngineUnavailable."""
+        served = self._catalog.resolve(model)
+        try:
+            if sum(len(message.content) for message in messages) > _INLINE_CHARACTERS:
+                prompt = await asyncio.to_thread(render_prompt, served.bundle, messages)
+            else:
+                prompt = render_prompt(served.bundle, messages)
+        except RenderError as error:
+            raise RequestError(f"{error}", param="messages") from error
+        return await self._generate(served, prompt.ids, sampling, stream=stream, raw=False, param="messages")
+
+    async def complete(self, model: str, prompt: str | list[int], sampling: Sampling, *, stream: bool) -> Generation:
+        """A continuation of a text or of token ids. Raises as `chat` does."""
+        served = self._catalog.resolve(model)
+        tokenizer = served.bundle.tokenizer
+        if isinstance(prompt, str):
+            encode = tokenizer.encode
+            ids = await asyncio.to_thread(encode, prompt) if len(prompt) > _INLINE_CHARACTERS else encode(prompt)
+            ids = tokenizer.prefix_ids + ids
+        else:
+            ids = prompt
+            if ids and max(ids) >= tokenizer.vocab_size:
+                raise RequestError(
+                    f"'prompt' holds the token id {max(ids)}, and the model has {tokenizer.vocab_size} tokens",
+                    param="prompt",
+                )
+        if not ids:
+            raise RequestError("'prompt' is empty; give at least one character or token", param="prompt")
+        return await self._generate(served, ids, sampling, stream=stream, raw=True, param="prompt")
+
+    def prompt_text(self, model: str, prompt: str | list[int]) -> str:
+        """A plain prompt as text, for `echo`."""
+        return prompt if isinstance(prompt, str) else self._catalog.resolve(model).bundle.tokenizer.decode(prompt)
+
+    async def _generate(
+        self, served: Served, ids: list[int], sampling: Sampling, *, stream: bool, raw: bool, param: str
+    ) -> Generation:
+        if self.in_flight >= self._limit:
+            raise RateLimited(f"{self._limit} requests are being answered; try again shortly", retry_after_s=1)
+        max_tokens = _room(served, ids, sampling.max_tokens, param)
+        readers = [ReplyReader(served.bundle, ids, sampling.stops, raw=raw) for _ in range(sampling.n)]
+        by_text = bool(sampling.stops) or (not raw and bool(served.bundle.stop_strings))
+        stop_ids = () if sampling.ignore_eos else served.bundle.stop_ids
+        body = _engine_body(served, ids, sampling, max_tokens, stop_ids, stream=stream or by_text)
+        self.in_flight += 1
+        try:
+            events = await served.client.stream(body)
+        except BaseException:
+            self.in_flight -= 1
+            raise
+        return Generation(self, served.bundle, events, readers, prompt_tokens=len(ids), logprobs=sampling.logprobs)
+
+    def _ended(self) -> None:
+        self.in_flight -= 1
+
+
+class Generation:
+    """One answer under way: iterate `deltas()` to its end, or `cancel()` it."""
+
+    def __init__(
+        self,
+        inference: Inference,
+        bundle: Bundle,
+        stream: EngineStream,
+        readers: list[ReplyReader],
+        *,
+        prompt_tokens: int,
+        logprobs: int | None,
+    ) -> None:
+        self._inference, self._bundle, self._stream, self._readers = inference, bundle, stream, readers
+        self._open = set(range(len(readers)))
+        self._stop_ids = frozenset(bundle.stop_ids)
+        self._logprobs = logprobs
+        self._live = True
+        self._cut = False  # a stop string ended a choice: the engine does not know and would go on
+        self.prompt_tokens = prompt_tokens
+        self.completion_tokens = 0
+        self.cached_tokens = 0
+
+    async def deltas(self) -> AsyncIterator[list[Delta]]:
+        """What came at once, together; each choice ends with a delta that has a finish_reason."""
+        try:
+            while self._open:
+                frames = await self._stream.frames()
+                if not frames:
+                    break
+                deltas = [delta for frame in frames for delta in self._read(frame)]
+                if deltas:
+                    yield deltas
+            if self._open:
+                raise EngineError("the engine ended its stream before every choice was finished")
+            while not self._cut and (frames := await self._stream.frames()):
+                for frame in frames:  # usage, and the end that lets the connection be kept
+                    self._read(frame)
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Ends it now, wherever it is; the engine stops within a step."""
+        if self._live:
+            self._live = False
+            self._inference._ended()
+            self._stream.cancel()
+
+    def _read(self, frame: dict[str, Any]) -> list[Delta]:
+        usage = frame.get("usage")
+        if usage and usage.get("prompt_tokens_details"):
+            self.cached_tokens = usage["prompt_tokens_details"].get("cached_tokens") or 0
+        deltas = []
+        for choice in frame["choices"]:
+            index = choice["index"]
+            if index in self._open:
+                deltas.append(self._read_choice(index, choice))
+        return deltas
+
+    def _read_choice(self, index: int, choice: dict[str, Any]) -> Delta:
+        ids = choice["token_ids"] or []
+        reason = choice["finish_reason"]
+        reader = self._readers[index]
+        self.completion_tokens += len(ids)
+        text = reader.feed(ids)
+        if reader.stopped:
+            reason = "stop"
+            self._cut = True
+        elif reason is not None:
+            text += reader.finish(at_stop=reason == "stop")
+        logprobs = None
+        if self._logprobs is not None:
+            logprobs = self._read_logprobs(choice["logprobs"], ids, ended=reason == "stop")
+        if reason is not None:
+            self._open.discard(index)
+        return Delta(index, text, reason, logprobs)
+
+    def _read_logprobs(self, raw: dict[str, Any] | None, ids: list[int], *, ended: bool) -> list[TokenLogprob]:
+        """Entries for the tokens that are text: the stop token that ended the reply has none, as at OpenAI."""
+        if raw is None:
+            return []
+        size = len(ids) - 1 if ended and ids and ids[-1] in self._stop_ids else len(ids)
+        token_bytes = self._bundle.tokenizer.token_bytes
+        entries = []
+        tops = raw.get("top_logprobs") or [None] * len(ids)
+        for token_id, logprob, top in zip(ids[:size], raw["token_logprobs"], tops, strict=False):
+            others = sorted((top or {}).items(), key=lambda item: -_finite(item[1]))[: self._logprobs or 0]
+            named = [(token_bytes(int(name.removeprefix("token_id:"))), _finite(value)) for name, value in others]
+            entries.append(TokenLogprob(token_bytes(token_id), _finite(logprob), named))
+        return entries
+
+
+def _room(served: Served, ids: list[int], wanted: int | None, param: str) -> int:
+    """How many tokens may come after the prompt."""
+    context = served.context_length
+    room = context - len(ids)
+    if room < 1 or (wanted is not None and wanted > room):
+        asked = f"{len(ids)} in the {param}" + (f", {wanted} for the completion" if wanted is not None else "")
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {context} tokens. You asked for more ({asked}). "
+            f"Please shorten the {param} or the completion.",
+            param=param,
+        )
+    return room if wanted is None else wanted
+
+
+def _engine_body(
+    served: Served,
+    ids: list[int],
+    sampling: Sampling,
+    max_tokens: int,
+    stop_ids: tuple[int, ...],
+    *,
+    stream: bool,
+) -> dict[str, Any]:
+    """Every sampling field is said, since an engine's defaults are its own (vLLM's max_tokens is 16)."""
+    body: dict[str, Any] = {
+        "model": served.engine_model,
+        "prompt": ids,
+        "max_tokens": max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "repetition_penalty": sampling.repetition_penalty,
+        "seed": sampling.seed,
+        "n": sampling.n,
+        "logprobs": sampling.logprobs,
+        "stop_token_ids": stop_ids,
+        "ignore_eos": sampling.ignore_eos,
+        "min_tokens": sampling.min_tokens,
+        "stream": stream,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+        "skip_special_tokens": False,
+        "cache_salt": served.cache_salt,
+    }
+    if sampling.logit_bias:
+        body["logit_bias"] = sampling.logit_bias
+    if stream:
+        body["stream_options"] = {"include_usage": True}
+    return body
+
+
+def _finite(logprob: float | None) -> float:
+    return _LEAST_LOGPROB if logprob is None or logprob < _LEAST_LOGPROB else logprob

@@ -1,0 +1,21 @@
+"""`/healthz` says that the process answers; `/readyz` that every base can be asked."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+
+async def healthz(_: Request) -> Response:
+    return JSONResponse({"status": "ok"})
+
+
+async def readyz(request: Request) -> Response:
+    bases = {base.name: base.engine.ready for base in request.app.state.catalog.bases}
+    ready = bool(bases) and all(bases.values())
+    body = {"status": "ready" if ready else "starting", "engines": bases}
+    return JSONResponse(body, status_code=200 if ready else 503, headers={} if ready else {"Retry-After": "1"})
+
+
+routes = [Route("/healthz", healthz, methods=["GET"]), Route("/readyz", readyz, methods=["GET"])]

@@ -1,0 +1,46 @@
+"""`/v1/models`: list, retrieve, and delete of tuned ones."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from gateway.errors import Forbidden, ModelNotFound
+from gateway.routes import project_of
+from gateway.store import models as statements
+from gateway.wire.models import deleted_body, model_body
+
+
+async def list_models(request: Request) -> Response:
+    served = request.app.state.catalog.models()
+    data = [model_body(model.name, model.created_at, model.owned_by) for model in served]
+    return JSONResponse({"object": "list", "data": data})
+
+
+async def retrieve_model(request: Request) -> Response:
+    served = request.app.state.catalog.model(request.path_params["model"])
+    return JSONResponse(model_body(served.name, served.created_at, served.owned_by))
+
+
+async def delete_model(request: Request) -> Response:
+    """Gone at once for new requests; replies that run are finished."""
+    state, name = request.app.state, request.path_params["model"]
+    served = state.catalog.model(name)
+    if not state.catalog.is_tuned(name):
+        raise Forbidden(
+            f"'{name}' is not a tuned model; bases and aliases are removed in the settings file", param="model"
+        )
+    project = project_of(request)
+    if not await state.store.write(lambda connection: statements.delete(connection, project, name)):
+        raise ModelNotFound(name)
+    state.catalog.withdraw(name)
+    await state.catalog.base(served.base).engine.drop_adapter(served.engine_model)
+    return JSONResponse(deleted_body(name))
+
+
+routes = [
+    Route("/v1/models", list_models, methods=["GET"]),
+    Route("/v1/models/{model:path}", retrieve_model, methods=["GET"]),
+    Route("/v1/models/{model:path}", delete_model, methods=["DELETE"]),
+]

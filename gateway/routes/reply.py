@@ -1,0 +1,73 @@
+"""What chat and plain completions share on the way out: ids, headers, a watch for the client leaving, the event stream."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncIterator, Callable
+
+import orjson
+from starlette.types import Receive, Send
+
+from gateway.errors import EngineError, TunegateError
+
+logger = logging.getLogger("tunegate.reply")
+
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+DONE = b"data: [DONE]\n\n"
+
+
+def new_id(prefix: str) -> str:
+    return prefix + secrets.token_hex(12)
+
+
+class Departure:
+    """Notices that the client left, and calls `cancel` at once; `gone` says so afterwards."""
+
+    def __init__(self, receive: Receive, cancel: Callable[[], None]) -> None:
+        self._receive, self._cancel = receive, cancel
+        self.gone = False
+        self._task = asyncio.ensure_future(self._watch())
+
+    def over(self) -> None:
+        """The reply is complete: nothing is watched any more."""
+        self._task.cancel()
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.gone = True
+        self._cancel()
+
+
+async def send_json(send: Send, body: bytes, status: int = 200) -> None:
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def send_events(send: Send, events: AsyncIterator[bytes]) -> None:
+    """Sends what `events` yields; the status goes out with the first of it, so an earlier error still gets its own.
+
+    A later error becomes one `data: {"error": …}` without [DONE], and the connection closes.
+    """
+    started = False
+    try:
+        async for data in events:
+            if not started:
+                started = True
+                await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+    except TunegateError as error:
+        if not started:
+            raise
+        if not isinstance(error, EngineError):
+            logger.exception("a stream failed")
+        data = b"data: " + orjson.dumps(error.body()) + b"\n\n"
+        await send({"type": "http.response.body", "body": data, "more_body": True})
+    await send({"type": "http.response.body", "body": b""})

@@ -1,0 +1,146 @@
+"""What the operator may set: a TOML file and TUNEGATE_… environment variables, read once; unknown keys refuse to start.
+
+Every setting has a heading in the README; a test holds that.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from gateway.errors import SettingsError
+
+DEMO_MODEL = "tunegate-demo"
+DEMO_MODEL_PATH = Path(__file__).resolve().parent.parent / "deploy" / "demo_model"
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A table of the file: frozen, and no key is taken that it does not name."""
+
+
+class BaseSettings(Section, frozen=True):
+    """A base model: a folder with config.json, tokenizer.json and safetensors, and how it is served."""
+
+    path: str
+    template: str = "vicuna_v1.1"
+    context_length: int | None = None  # None: what the model's config says
+    max_seqs: int = 8  # sequences in one batch
+    threads: int | None = None  # None: all processors
+    engine_url: str | None = None  # an engine that already runs, http://HOST:PORT, instead of a spawned worker
+    engine_key: str | None = None
+
+
+class JobSettings(Section, frozen=True):
+    parallel: int = 1  # trainers at once
+    queued: int = 100  # jobs that may wait
+    threads: int | None = None  # None: all processors
+    hang_timeout_s: float = 1800.0
+
+
+class LimitSettings(Section, frozen=True):
+    body_bytes: int = 16 * 1024 * 1024
+    file_bytes: int = 512 * 1024 * 1024
+    first_token_s: float = 300.0
+    between_tokens_s: float = 120.0
+    requests_in_flight: int = 1024
+
+
+class Settings(Section, frozen=True):
+    """All of it. `data` is the one folder that Tunegate writes to."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    data: str = ""
+    organization: str = "local"
+    log_level: str = "info"
+    bases: dict[str, BaseSettings] = {}
+    aliases: dict[str, str] = {}
+    jobs: JobSettings = JobSettings()
+    limits: LimitSettings = LimitSettings()
+
+    @property
+    def data_dir(self) -> Path:
+        return Path(self.data).expanduser().absolute()
+
+
+def load_settings(config: Path | None, environ: Mapping[str, str], overrides: Mapping[str, Any]) -> Settings:
+    """Settings from the file, then the environment, then the command line; the later one wins.
+
+    Raises SettingsError that names the file, the key and what it should be.
+    """
+    raw: dict[str, Any] = {}
+    if config is not None:
+        try:
+            raw = tomllib.loads(config.read_text())
+        except OSError as error:
+            raise SettingsError(f"cannot read the settings file {config}: {error.strerror}") from error
+        except tomllib.TOMLDecodeError as error:
+            raise SettingsError(f"{config} is not valid TOML: {error}") from error
+    where = str(config) if config else "the settings"
+    _add_environment(raw, environ)
+    raw |= {key: value for key, value in overrides.items() if value is not None}
+    try:
+        settings = msgspec.convert(raw, Settings)
+    except msgspec.ValidationError as error:
+        raise SettingsError(f"{where}: {error}; the README lists every setting") from error
+    return _complete(settings, config)
+
+
+def _add_environment(raw: dict[str, Any], environ: Mapping[str, str]) -> None:
+    """TUNEGATE_PORT=8001 sets `port`, TUNEGATE_JOBS_PARALLEL=2 sets `parallel` under [jobs]."""
+    tables: dict[str, type[Section]] = {"jobs": JobSettings, "limits": LimitSettings}
+    sections: dict[str, type[Section]] = {"": Settings, **tables}
+    for section, struct in sections.items():
+        for field in msgspec.structs.fields(struct):
+            name = f"TUNEGATE_{section + '_' if section else ''}{field.name}".upper()
+            if name in environ and field.name not in {"bases", "aliases", *tables}:
+                target = raw.setdefault(section, {}) if section else raw
+                target[field.name] = _scalar(environ[name], str(field.type), name)
+
+
+def _scalar(text: str, kind: str, name: str) -> Any:
+    try:
+        if "int" in kind:
+            return int(text)
+        return float(text) if "float" in kind else text
+    except ValueError as error:
+        raise SettingsError(f"{name}={text!r} is not a number") from error
+
+
+def _complete(settings: Settings, config: Path | None) -> Settings:
+    bases = dict(settings.bases) or {DEMO_MODEL: BaseSettings(path=str(DEMO_MODEL_PATH))}
+    folder = config.parent if config else Path.cwd()
+    for name, base in bases.items():
+        if not name or len(name) > 200:
+            raise SettingsError(f"[bases.{name!r}]: a name has 1 to 200 characters")
+        path = (folder / Path(base.path).expanduser()).resolve()
+        bases[name] = msgspec.structs.replace(base, path=str(path))
+    for alias, target in settings.aliases.items():
+        if target not in bases:
+            raise SettingsError(
+                f"alias '{alias}' points at '{target}', which is no base; there are: {', '.join(bases)}"
+            )
+        if alias in bases:
+            raise SettingsError(f"alias '{alias}' is already the name of a base")
+    if not _is_loopback(settings.host):
+        raise SettingsError(
+            f"host {settings.host!r} is not a loopback address, and without keys anybody on the network could use it; "
+            "keep 127.0.0.1 and reach it through `ssh -L 8000:127.0.0.1:8000 THIS_MACHINE`"
+        )
+    data = settings.data or os.path.join(os.environ.get("XDG_DATA_HOME") or "~/.local/share", "tunegate")
+    return msgspec.structs.replace(settings, bases=bases, data=data)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
