@@ -1,0 +1,461 @@
+"""Every statement on jobs, their events and their checkpoints. Each function runs inside the caller's transaction.
+
+Its one rule: a job leaves a state only through a statement that names the state it was in, so that whatever races (cancel
+with completion, two supervisors, a job read twice) has one winner, and a terminal state is never left.
+"""
+
+from __future__ import annotations
+
+import secrets
+import string
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sqlalchemy import ColumnElement, Connection, RowMapping, delete, exists, func, insert, select, update
+
+from gateway.store import tables
+from gateway.store.pages import Page, select_page
+from gateway.store.tables import DEFAULT_PROJECT
+
+Status = Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
+Level = Literal["info", "warn", "error"]
+
+ACTIVE: tuple[Status, ...] = ("validating_files", "queued", "running")
+WAITING: tuple[Status, ...] = ("validating_files", "queued")
+
+ID_CHARS = string.ascii_letters + string.digits
+
+_jobs, _events, _checkpoints = tables.jobs, tables.events, tables.checkpoints
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row of jobs. `check` is what the trainer's check found (a `jobdir.Check` as JSON), None until it ran."""
+
+    id: str
+    created_at: int
+    model: str
+    base: str
+    training_file: str
+    validation_file: str | None
+    suffix: str | None
+    seed: int
+    hyperparameters: dict[str, Any]
+    metadata: dict[str, str] | None
+    idempotency_key: str | None
+    project_id: str = DEFAULT_PROJECT
+    status: Status = "validating_files"
+    error: dict[str, Any] | None = None
+    started_at: int | None = None
+    finished_at: int | None = None
+    estimated_finish: int | None = None
+    fine_tuned_model: str | None = None
+    trained_tokens: int | None = None
+    result_files: tuple[str, ...] = ()
+    attempt: int = 0
+    cursor_offset: int = 0
+    check: dict[str, Any] | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self.status not in ACTIVE
+
+
+@dataclass(frozen=True)
+class Event:
+    id: str
+    job_id: str
+    created_at: int
+    level: Level
+    type: Literal["message", "metrics"]
+    message: str
+    data: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    id: str
+    job_id: str
+    created_at: int
+    step_number: int
+    metrics: dict[str, Any]
+    name: str
+
+
+@dataclass(frozen=True)
+class NewEvent:
+    """An event to be added. A `source_key` that is there already means that it was added before."""
+
+    message: str
+    level: Level = "info"
+    type: Literal["message", "metrics"] = "message"
+    data: dict[str, Any] | None = None
+    created_at: int | None = None
+    source_key: str | None = None
+
+
+@dataclass(frozen=True)
+class NewCheckpoint:
+    created_at: int
+    step_number: int
+    metrics: dict[str, Any]
+    name: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one reading of a trainer's events gave, and where the next one begins."""
+
+    attempt: int
+    offset: int
+    events: tuple[NewEvent, ...] = ()
+    checkpoints: tuple[NewCheckpoint, ...] = ()
+    estimated_finish: int | None = None
+    first_step: int | None = None  # the first that these metrics tell of
+
+
+# jobs
+
+
+def insert_job(connection: Connection, job: Job, messages: Iterable[str]) -> None:
+    """Adds a job together with its first events."""
+    connection.execute(
+        insert(_jobs).values(
+            id=job.id,
+            project_id=job.project_id,
+            created_at=job.created_at,
+            model=job.model,
+            base=job.base,
+            training_file=job.training_file,
+            validation_file=job.validation_file,
+            suffix=job.suffix,
+            seed=job.seed,
+            hyperparameters=job.hyperparameters,
+            method={"type": "supervised"},
+            metadata=job.metadata,
+            idempotency_key=job.idempotency_key,
+            status=job.status,
+        )
+    )
+    insert_events(connection, job.id, [NewEvent(message) for message in messages], project_id=job.project_id)
+
+
+def select_job(connection: Connection, job_id: str, project_id: str | None = None) -> Job | None:
+    statement = select(_jobs).where(_jobs.c.id == job_id)
+    if project_id is not None:
+        statement = statement.where(_jobs.c.project_id == project_id)
+    row = connection.execute(statement).mappings().one_or_none()
+    return None if row is None else _job(row)
+
+
+def select_by_idempotency_key(connection: Connection, project_id: str, key: str) -> Job | None:
+    where = (_jobs.c.project_id == project_id, _jobs.c.idempotency_key == key)
+    row = connection.execute(select(_jobs).where(*where)).mappings().one_or_none()
+    return None if row is None else _job(row)
+
+
+def select_jobs(
+    connection: Connection,
+    *,
+    limit: int,
+    after: str | None = None,
+    metadata: Mapping[str, str] | Literal["none"] | None = None,
+    project_id: str = DEFAULT_PROJECT,
+) -> Page[Job]:
+    """Jobs, newest first; those whose metadata has all the given pairs, or that have none."""
+    where: list[ColumnElement[bool]] = [_jobs.c.project_id == project_id]
+    if metadata == "none":
+        where.append(_jobs.c.metadata.is_(None))
+    elif metadata is not None:
+        where += [_has_pair(key, value) for key, value in metadata.items()]
+    page = select_page(connection, _jobs, *where, limit=limit, after=after)
+    return Page([_job(row) for row in page.items], page.has_more)
+
+
+def select_with_status(connection: Connection, *statuses: Status) -> list[Job]:
+    """Jobs in any of the states, oldest first."""
+    rows = connection.execute(select(_jobs).where(_jobs.c.status.in_(statuses)).order_by(_jobs.c.seq)).mappings()
+    return [_job(row) for row in rows]
+
+
+def select_statuses(connection: Connection) -> dict[str, Status]:
+    return {row.id: row.status for row in connection.execute(select(_jobs.c.id, _jobs.c.status))}
+
+
+def count_waiting(connection: Connection) -> int:
+    return connection.execute(select(func.count()).select_from(_jobs).where(_jobs.c.status.in_(WAITING))).scalar_one()
+
+
+def queue_job(connection: Connection, job_id: str, check: dict[str, Any], events: Iterable[NewEvent]) -> bool:
+    """validating_files → queued. False when the job was no longer validating."""
+    return _leave(connection, job_id, ("validating_files",), events, status="queued", check=check)
+
+
+def claim_job(connection: Connection, parallel: int, event: NewEvent) -> Job | None:
+    """queued → running for the oldest queued job, unless `parallel` are running."""
+    running = select(func.count()).select_from(_jobs).where(_jobs.c.status == "running")
+    if connection.execute(running).scalar_one() >= parallel:
+        return None
+    oldest = select(_jobs.c.id).where(_jobs.c.status == "queued").order_by(_jobs.c.seq).limit(1)
+    job_id = connection.execute(oldest).scalar_one_or_none()
+    if job_id is None or not _leave(
+        connection, job_id, ("queued",), [event], status="running", started_at=int(time.time())
+    ):
+        return None
+    return select_job(connection, job_id)
+
+
+def fail_job(
+    connection: Connection, job_id: str, error: dict[str, Any], message: str, trained_tokens: int | None = None
+) -> bool:
+    """Any active state → failed. False when the job was over."""
+    event = NewEvent(message, level="error")
+    return _leave(
+        connection,
+        job_id,
+        ACTIVE,
+        [event],
+        status="failed",
+        error=error,
+        trained_tokens=trained_tokens,
+        finished_at=int(time.time()),
+    )
+
+
+def cancel_job(connection: Connection, job_id: str, message: str) -> bool:
+    """Any active state → cancelled. False when the job was over."""
+    return _leave(connection, job_id, ACTIVE, [NewEvent(message)], status="cancelled", finished_at=int(time.time()))
+
+
+def succeed_job(
+    connection: Connection,
+    job_id: str,
+    fine_tuned_model: str,
+    trained_tokens: int,
+    result_files: Iterable[str],
+    events: Iterable[NewEvent],
+) -> bool:
+    """running → succeeded. False when the job was no longer running: then nothing of it may be published."""
+    return _leave(
+        connection,
+        job_id,
+        ("running",),
+        events,
+        status="succeeded",
+        fine_tuned_model=fine_tuned_model,
+        trained_tokens=trained_tokens,
+        result_files=list(result_files),
+        finished_at=int(time.time()),
+    )
+
+
+def store_progress(connection: Connection, job: Job, progress: Progress) -> bool:
+    """Events, checkpoints and the cursor behind them at once; `job` holds the cursor before.
+
+    False, with nothing stored, when the job is no longer running or another reader moved the cursor.
+    """
+    values: dict[str, Any] = {"attempt": progress.attempt, "cursor_offset": progress.offset}
+    if progress.estimated_finish is not None:
+        values["estimated_finish"] = progress.estimated_finish
+    moved = connection.execute(
+        update(_jobs)
+        .where(
+            _jobs.c.id == job.id,
+            _jobs.c.status == "running",
+            _jobs.c.attempt == job.attempt,
+            _jobs.c.cursor_offset == job.cursor_offset,
+        )
+        .values(**values)
+    )
+    if moved.rowcount != 1:
+        return False
+    if progress.first_step is not None:
+        _drop_undone_metrics(connection, job.id, progress.attempt, progress.first_step)
+    insert_events(connection, job.id, progress.events, project_id=job.project_id)
+    for checkpoint in progress.checkpoints:
+        _store_checkpoint(connection, job, checkpoint)
+    return True
+
+
+# events and checkpoints
+
+
+def insert_events(
+    connection: Connection, job_id: str, events: Iterable[NewEvent], project_id: str = DEFAULT_PROJECT
+) -> None:
+    """Appends events; one whose `source_key` is there already is left out."""
+    added = list(events)
+    keys = [event.source_key for event in added if event.source_key is not None]
+    known = (
+        set(connection.execute(select(_events.c.source_key).where(_events.c.source_key.in_(keys))).scalars())
+        if keys
+        else set()
+    )
+    now_s = int(time.time())
+    rows = [
+        {
+            "id": new_id("ftevent-"),
+            "project_id": project_id,
+            "job_id": job_id,
+            "created_at": event.created_at if event.created_at is not None else now_s,
+            "level": event.level,
+            "type": event.type,
+            "message": event.message,
+            "data": event.data,
+            "source_key": event.source_key,
+        }
+        for event in added
+        if event.source_key not in known or event.source_key is None
+    ]
+    if rows:
+        connection.execute(insert(_events), rows)
+
+
+def select_events(connection: Connection, job_id: str, *, limit: int, after: str | None = None) -> Page[Event]:
+    """Events, newest first."""
+    page = select_page(connection, _events, _events.c.job_id == job_id, limit=limit, after=after)
+    return Page([_event(row) for row in page.items], page.has_more)
+
+
+def select_metrics(connection: Connection, job_id: str) -> list[Event]:
+    """The metrics events of a job in the order they came."""
+    where = (_events.c.job_id == job_id, _events.c.type == "metrics")
+    return [_event(row) for row in connection.execute(select(_events).where(*where).order_by(_events.c.seq)).mappings()]
+
+
+def count_resumes(connection: Connection, job_id: str, checkpoint_step: int) -> int:
+    """How often the trainer was started anew from the checkpoint at this step (0: from the beginning)."""
+    key = _resume_key(job_id, checkpoint_step, "")
+    where = _events.c.source_key.startswith(key, autoescape=True)
+    return connection.execute(select(func.count()).select_from(_events).where(where)).scalar_one()
+
+
+def insert_resume(connection: Connection, job_id: str, checkpoint_step: int, n: int, event: NewEvent) -> bool:
+    """Notes the n-th new start from that checkpoint. False when the job is no longer running."""
+    running = select(_jobs.c.id).where(_jobs.c.id == job_id, _jobs.c.status == "running")
+    if connection.execute(running).one_or_none() is None:
+        return False
+    key = _resume_key(job_id, checkpoint_step, str(n))
+    insert_events(connection, job_id, [NewEvent(event.message, event.level, data=event.data, source_key=key)])
+    return True
+
+
+def select_checkpoint_page(
+    connection: Connection, job_id: str, *, limit: int, after: str | None = None
+) -> Page[Checkpoint]:
+    """Checkpoints, newest first."""
+    page = select_page(connection, _checkpoints, _checkpoints.c.job_id == job_id, limit=limit, after=after)
+    return Page([_checkpoint(row) for row in page.items], page.has_more)
+
+
+def select_checkpoints(connection: Connection, job_id: str) -> list[Checkpoint]:
+    """The checkpoints of a job by step."""
+    statement = select(_checkpoints).where(_checkpoints.c.job_id == job_id).order_by(_checkpoints.c.step_number)
+    return [_checkpoint(row) for row in connection.execute(statement).mappings()]
+
+
+def _has_pair(key: str, value: str) -> ColumnElement[bool]:
+    # json_each rather than a path: a path cannot say every key (quotes, and before SQLite 3.45 non-ASCII letters).
+    pairs = func.json_each(_jobs.c.metadata).table_valued("key", "value")
+    return exists().where(pairs.c.key == key, pairs.c.value == value)
+
+
+def _leave(
+    connection: Connection, job_id: str, states: tuple[Status, ...], events: Iterable[NewEvent], **values: Any
+) -> bool:
+    moved = connection.execute(update(_jobs).where(_jobs.c.id == job_id, _jobs.c.status.in_(states)).values(**values))
+    if moved.rowcount != 1:
+        return False
+    insert_events(connection, job_id, events)
+    return True
+
+
+def _drop_undone_metrics(connection: Connection, job_id: str, attempt: int, first_step: int) -> None:
+    """Forgets steps that an earlier attempt took and this one takes again, for it began at a checkpoint before them."""
+    where = (_events.c.job_id == job_id, _events.c.type == "metrics")
+    undone = [
+        row.id
+        for row in connection.execute(select(_events.c.id, _events.c.data, _events.c.source_key).where(*where))
+        if int((row.source_key or "//").split("/")[1] or 0) < attempt and (row.data or {}).get("step", 0) >= first_step
+    ]
+    for start in range(0, len(undone), 500):
+        connection.execute(delete(_events).where(_events.c.id.in_(undone[start : start + 500])))
+
+
+def _store_checkpoint(connection: Connection, job: Job, checkpoint: NewCheckpoint) -> None:
+    """One row a step: a step that is taken again keeps its id and name and gets the newer metrics."""
+    where = (_checkpoints.c.job_id == job.id, _checkpoints.c.step_number == checkpoint.step_number)
+    if connection.execute(update(_checkpoints).where(*where).values(metrics=checkpoint.metrics)).rowcount:
+        return
+    connection.execute(
+        insert(_checkpoints).values(
+            id=new_id("ftckpt_"),
+            project_id=job.project_id,
+            job_id=job.id,
+            created_at=checkpoint.created_at,
+            step_number=checkpoint.step_number,
+            metrics=checkpoint.metrics,
+            name=checkpoint.name,
+        )
+    )
+
+
+def new_id(prefix: str) -> str:
+    return prefix + "".join(secrets.choice(ID_CHARS) for _ in range(24))
+
+
+def _resume_key(job_id: str, checkpoint_step: int, n: str) -> str:
+    return f"{job_id}/resume/{checkpoint_step}/{n}"
+
+
+def _job(row: RowMapping) -> Job:
+    return Job(
+        id=row["id"],
+        created_at=row["created_at"],
+        model=row["model"],
+        base=row["base"],
+        training_file=row["training_file"],
+        validation_file=row["validation_file"],
+        suffix=row["suffix"],
+        seed=row["seed"],
+        hyperparameters=row["hyperparameters"],
+        metadata=row["metadata"],
+        idempotency_key=row["idempotency_key"],
+        project_id=row["project_id"],
+        status=row["status"],
+        error=row["error"],
+        started_at=row["started_at"],
+        finished_at=row["finished_at"],
+        estimated_finish=row["estimated_finish"],
+        fine_tuned_model=row["fine_tuned_model"],
+        trained_tokens=row["trained_tokens"],
+        result_files=tuple(row["result_files"] or ()),
+        attempt=row["attempt"],
+        cursor_offset=row["cursor_offset"],
+        check=row["check"],
+    )
+
+
+def _event(row: RowMapping) -> Event:
+    return Event(
+        id=row["id"],
+        job_id=row["job_id"],
+        created_at=row["created_at"],
+        level=row["level"],
+        type=row["type"],
+        message=row["message"],
+        data=row["data"],
+    )
+
+
+def _checkpoint(row: RowMapping) -> Checkpoint:
+    return Checkpoint(
+        id=row["id"],
+        job_id=row["job_id"],
+        created_at=row["created_at"],
+        step_number=row["step_number"],
+        metrics=row["metrics"],
+        name=row["name"],
+    )

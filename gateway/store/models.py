@@ -1,0 +1,59 @@
+"""Every statement on published models. A deleted one keeps its row, so that its name is never given away again."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, RowMapping, insert, select, update
+
+from gateway.store.tables import DEFAULT_PROJECT, models
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """A tuned model: an adapter in `adapter_path` that engines of `base` know as `engine_name`, for ever."""
+
+    name: str
+    created_at: int
+    base: str
+    adapter_digest: str  # of its manifest, "sha256:…"
+    adapter_path: str
+    engine_name: str
+    template_digest: str
+    job_id: str | None
+    owned_by: str
+    step_number: int | None = None  # of the checkpoint; None for a job's final model
+    project_id: str = DEFAULT_PROJECT
+
+
+def insert_model(connection: Connection, model: ModelRow) -> None:
+    connection.execute(insert(models).values(**vars(model)))
+
+
+def select_model(connection: Connection, name: str, project_id: str = DEFAULT_PROJECT) -> ModelRow | None:
+    where = (models.c.project_id == project_id, models.c.name == name, models.c.deleted_at.is_(None))
+    row = connection.execute(select(models).where(*where)).mappings().one_or_none()
+    return None if row is None else _model(row)
+
+
+def list_all(connection: Connection) -> list[ModelRow]:
+    """Every model that is not deleted, oldest first."""
+    rows = connection.execute(select(models).where(models.c.deleted_at.is_(None)).order_by(models.c.seq)).mappings()
+    return [_model(row) for row in rows]
+
+
+def of_base(connection: Connection, base: str) -> list[ModelRow]:
+    """The models of one base that are not deleted, oldest first."""
+    where = (models.c.base == base, models.c.deleted_at.is_(None))
+    return [_model(row) for row in connection.execute(select(models).where(*where).order_by(models.c.seq)).mappings()]
+
+
+def delete(connection: Connection, project_id: str, name: str) -> bool:
+    """Hides the model for good; False when there was none to see."""
+    where = (models.c.project_id == project_id, models.c.name == name, models.c.deleted_at.is_(None))
+    return connection.execute(update(models).where(*where).values(deleted_at=int(time.time()))).rowcount == 1
+
+
+def _model(row: RowMapping) -> ModelRow:
+    return ModelRow(**{name: row[name] for name in ModelRow.__dataclass_fields__})
