@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ import sentencepiece
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
+
+from gateway.chat.bundle import Bundle
+from gateway.jobdir import BaseRef, FileRef, Hyperparameters, JobDir, JobSpec, Lora
 
 SENTENCES = [
     "Set a timer for ten minutes.",
@@ -144,3 +149,61 @@ def _as_tokenizer_json(model: Any) -> Tokenizer:
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
     )
     return tokenizer
+
+
+def write_examples(path: Path, count: int, *, first: int = 0) -> Path:
+    """JSONL in OpenAI's form: requests for timers with a number in them that the reply repeats."""
+    lines = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Set a timer for {number} minutes."},
+                {"role": "assistant", "content": f"timer(minutes={number})"},
+            ]
+        }
+        for number in range(first, first + count)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def write_job(
+    folder: Path,
+    base: Path,
+    training: Path,
+    *,
+    validation: Path | None = None,
+    seed: int = 7,
+    max_length: int = 256,
+    hyperparameters: Hyperparameters | None = None,
+    lora: Lora | None = None,
+) -> JobDir:
+    """A job directory as the gateway makes it, on a prepared base."""
+    job = JobDir(folder)
+    job.data.mkdir(parents=True)
+    job.template.mkdir()
+    for name in ("template.json", "tokenizer.json"):
+        shutil.copy(base / name, job.template / name)
+    bundle = Bundle.from_files({path.name: path.read_bytes() for path in job.template.iterdir()})
+    described = json.loads((base / "base.json").read_text())
+    spec = JobSpec(
+        job_id="ftjob-test",
+        model=described["name"],
+        created_at=1_700_000_000,
+        base=BaseRef(described["name"], str(base), "model.q4_0.gguf", described["digest"]),
+        training_file=_pinned(job, training),
+        validation_file=_pinned(job, validation) if validation else None,
+        seed=seed,
+        threads=1,
+        max_length=max_length,
+        template_digest=bundle.digest,
+        hyperparameters=hyperparameters or Hyperparameters(),
+        lora=lora or Lora(rank=4, alpha=8),
+    )
+    job.write_spec(spec)
+    return job
+
+
+def _pinned(job: JobDir, path: Path) -> FileRef:
+    shutil.copy(path, job.data / path.name)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return FileRef("file-test", path.name, f"sha256:{digest}", f"data/{path.name}")

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.export.hf_folder import HfFolder
-from trainer.export.tensors import Llama, UnsupportedModel, as_float16
+from trainer.export.tensors import Llama, UnsupportedModel, as_float16, to_gguf_name
 from trainer.export.vocabulary import read_vocabulary
 
 _FTYPE_F16, _FTYPE_Q4_0 = 1, 2
@@ -59,7 +59,7 @@ def write_q4_0_gguf(source: Path, path: Path, threads: int = 0) -> None:
     try:
         failed = llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), ctypes.byref(params))
     finally:
-        llama_cpp.llama_log_set(ctypes.cast(None, llama_cpp.llama_log_callback), ctypes.c_void_p(0))
+        llama_cpp.llama_log_set(ctypes.cast(0, llama_cpp.llama_log_callback), ctypes.c_void_p(0))
     if failed:
         raise RuntimeError(f"llama.cpp could not quantise {source}: {''.join(said[-5:]).strip()}")
 
@@ -71,7 +71,7 @@ def _tensors(folder: HfFolder, llama: Llama, progress: Callable[[str], None]) ->
         progress(hf_name)
         if hf_name.endswith("rotary_emb.inv_freq") or (tied and hf_name == "lm_head.weight"):
             continue
-        name = llama.gguf_name(hf_name)
+        name = to_gguf_name(hf_name)
         rows = llama.to_gguf_rows(name, tensor)
         # llama.cpp keeps norms and biases, which are vectors, in full precision.
         found.append((name, as_float16(hf_name, rows) if rows.ndim > 1 else rows))

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from trainer.export.tensors import UnsupportedModel
 
 _HEADER_LIMIT_BYTES = 100_000_000
-_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 
 class HfFolder:

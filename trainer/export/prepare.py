@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from gateway.chat.bundle import TEMPLATE_FILE, TOKENIZER_FILE, make_bundle
-from gateway.jobdir import fsync_folder
 from trainer.export.base_gguf import write_f16_gguf, write_q4_0_gguf
+from trainer.export.folder import complete_folder
 from trainer.export.hf_folder import HfFolder
 from trainer.export.tensors import UnsupportedModel
 
@@ -52,7 +50,7 @@ def prepare(source: Path, template: str, out: Path, name: str | None = None, thr
     name = name or out.name
     bundle = make_bundle(template, folder.read_bytes("tokenizer.json"), folder.eos_token_ids)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _written_beside(out) as beside, _progress(folder) as progress:
+    with complete_folder(out) as beside, _progress(folder) as progress:
         (beside / "config.json").write_bytes(folder.read_bytes("config.json"))
         for file in (TEMPLATE_FILE, TOKENIZER_FILE):
             (beside / file).write_bytes(bundle.to_files()[file])
@@ -74,25 +72,6 @@ def prepare(source: Path, template: str, out: Path, name: str | None = None, thr
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _written_beside(out: Path) -> Iterator[Path]:
-    beside = out.parent / f".{out.name}.{os.getpid()}"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    try:
-        yield beside
-        for file in beside.iterdir():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-        fsync_folder(beside)
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(beside, out)
-        fsync_folder(out.parent)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 @contextmanager

@@ -1,0 +1,72 @@
+"""Conversations → padded tensors in a fixed order.
+
+Place in the flow: dataset → **batches** → sft. One rule: the order of epoch e depends on the seed and e alone, so a resumed
+run sees what an unbroken one would have seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from gateway.chat.render import IGNORED, TrainingSequence
+from trainer.dataset import Examples
+
+_PAD = 0  # any id will do: padding is on the right, and no position looks to its right
+
+
+def pad(sequences: Sequence[TrainingSequence]) -> dict[str, torch.Tensor]:
+    """input_ids and labels, both (sequences, longest)."""
+    longest = max(len(sequence.ids) for sequence in sequences)
+    ids = torch.full((len(sequences), longest), _PAD, dtype=torch.long)
+    labels = torch.full((len(sequences), longest), IGNORED, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
+        labels[row, : len(sequence.labels)] = torch.tensor(sequence.labels)
+    return {"input_ids": ids, "labels": labels}
+
+
+class EpochOrder(Sampler[list[int]]):
+    """Batches of conversation numbers, shuffled anew each epoch."""
+
+    def __init__(self, size: int, batch_size: int, seed: int) -> None:
+        self.size, self.batch_size, self.seed, self.epoch = size, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return math.ceil(self.size / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.size, generator=generator).tolist()
+        for start in range(0, self.size, self.batch_size):
+            yield order[start : start + self.batch_size]
+
+
+class Batches(DataLoader[dict[str, torch.Tensor]]):
+    """Padded batches of `batch_size` conversations; all sequences of a conversation are in the same batch."""
+
+    def __init__(self, examples: Examples, batch_size: int, seed: int) -> None:
+        self.order = EpochOrder(len(examples), batch_size, seed)
+        super().__init__(
+            range(len(examples)),
+            batch_sampler=self.order,
+            collate_fn=lambda numbers: pad([s for number in numbers for s in examples.sequences(number)]),
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        self.order.set_epoch(epoch)
+
+
+def micro_batch_size(batch_size: int, longest: int, token_budget: int = 16_384) -> int:
+    """How many conversations fit one pass: the largest divisor of `batch_size` that keeps to the budget of tokens."""
+    return next(
+        size
+        for size in range(batch_size, 0, -1)
+        if batch_size % size == 0 and (size * longest <= token_budget or size == 1)
+    )

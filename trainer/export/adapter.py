@@ -1,0 +1,78 @@
+"""The adapter folder, whole: PEFT's two files, adapter.gguf, the template bundle, the witness, and the manifest of it all.
+
+Place in the flow: sft writes one for each checkpoint and one at the end. One rule: the same training gives the same bytes, so
+nothing in it names a time, a job or a machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+
+from gateway.jobdir import ADAPTER_FILES, JobDir, JobSpec, read_json
+from trainer.export.folder import complete_folder
+from trainer.export.lora_gguf import write_lora_gguf
+from trainer.export.tensors import Llama
+
+FORMAT = 1
+
+
+def write_adapter(path: Path, model: PeftModel, job: JobDir, spec: JobSpec, witness: dict[str, Any]) -> None:
+    """Makes the folder `path` with exactly ADAPTER_FILES in it."""
+    with complete_folder(path) as folder:
+        config = write_peft_files(folder, model)
+        tensors = {name: tensor.numpy() for name, tensor in _adapter_tensors(model).items()}
+        base_config = read_json(Path(spec.base.path) / "config.json")
+        write_lora_gguf(folder / "adapter.gguf", tensors, config, Llama.from_config(base_config))
+        _write_json(folder / "witness.json", witness)
+        (folder / "template").mkdir()
+        for file in job.template.iterdir():
+            (folder / "template" / file.name).write_bytes(file.read_bytes())
+        _write_json(folder / "manifest.json", _manifest(folder, spec, config))
+
+
+def write_peft_files(folder: Path, model: PeftModel) -> dict[str, Any]:
+    """adapter_model.safetensors and adapter_config.json; returns the latter's content.
+
+    Not PEFT's own save: it writes sets in the order of their hashes and may look the base up on the hub.
+    """
+    save_file(_adapter_tensors(model), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        key: sorted(value) if isinstance(value, (set, frozenset)) else value
+        for key, value in model.peft_config["default"].to_dict().items()
+    }
+    config |= {"inference_mode": True, "peft_type": "LORA", "task_type": "CAUSAL_LM"}
+    _write_json(folder / "adapter_config.json", config)
+    return config
+
+
+def _adapter_tensors(model: PeftModel) -> dict[str, Any]:
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(state.items())}
+
+
+def _manifest(folder: Path, spec: JobSpec, config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "base": spec.base.name,
+        "base_digest": spec.base.digest,
+        "template_digest": spec.template_digest,
+        "rank": config["r"],
+        "alpha": config["lora_alpha"],
+        "target_modules": config["target_modules"],
+        "files": {name: _entry(folder / name) for name in ADAPTER_FILES if name != "manifest.json"},
+    }
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    return {"digest": f"sha256:{hashlib.sha256(content).hexdigest()}", "size_bytes": len(content)}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
