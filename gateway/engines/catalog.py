@@ -8,7 +8,7 @@ from typing import Protocol
 
 from gateway.bases import PreparedBase
 from gateway.chat.bundle import Bundle
-from gateway.engines.client import Deadlines, EngineClient, Endpoint
+from gateway.engines.client import Deadlines, Endpoint, EngineClient
 from gateway.errors import EngineUnavailable, ModelNotFound, RequestError
 
 
