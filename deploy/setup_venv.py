@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,7 +68,9 @@ def install_llama_cpp(python: Path, installed: Path) -> None:
 def build_wheel(python: Path, version: str, cmake_args: str, folder: Path) -> None:
     """Compile llama-cpp-python from source; `folder` appears with the wheel in it, or not at all."""
     if not (shutil.which("c++") or os.environ.get("CXX")):
-        sys.exit("llama.cpp is compiled here and no C++ compiler was found: install one (g++ or clang) and run this again.")
+        sys.exit(
+            "llama.cpp is compiled here and no C++ compiler was found: install one (g++ or clang) and run this again."
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.parent / f"{folder.name}.log"
     say(f"compiling llama.cpp for this CPU: once a machine, about 6 minutes on 2 cores (log: {log})")
@@ -90,11 +93,11 @@ def build_wheel(python: Path, version: str, cmake_args: str, folder: Path) -> No
         os.rename(f"{scratch}/wheel", folder)
 
 
-def llama_cmake_args(asked: str, machine: str, knows: object = None) -> str:
+def llama_cmake_args(asked: str, machine: str, knows: Callable[[str], bool]) -> str:
     """CMake's arguments: the caller's own, and on x86 the flags that keep llama.cpp's AMX kernels out."""
     if machine not in {"x86_64", "AMD64"}:
         return asked
-    flags = " ".join(flag for flag in AMX_OFF if knows is None or knows(flag))  # type: ignore[operator]
+    flags = " ".join(flag for flag in AMX_OFF if knows(flag))
     if not flags:  # a compiler that has never heard of AMX emits none
         return asked
     return f"{asked} -DCMAKE_C_FLAGS='{flags}' -DCMAKE_CXX_FLAGS='{flags}'".strip()
@@ -113,7 +116,9 @@ def cpu_features() -> str:
         found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
         return " ".join(sorted(found[1].split())) if found else platform.processor()
     if platform.system() == "Darwin":
-        return subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True
+        ).stdout.strip()
     return platform.processor()
 
 
