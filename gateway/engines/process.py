@@ -211,14 +211,14 @@ class WorkerProcess:
 
     async def _back_off(self, how: str) -> None:
         """Puts away what is left of the process, says why, and waits."""
-        self.restarts += 1
         self._failures_in_a_row += 1
-        pid = self.pid
-        delay_s = self._backoff_s()
         times = f", {self._failures_in_a_row} times in a row" if self._failures_in_a_row > 1 else ""
-        tail = await asyncio.to_thread(self._folder.log_tail)
-        self.reason = f"the worker {how}{times}" + (f"; its log ends: {tail}" if tail else "")
-        self._enter(State.BACKOFF)
+        self.reason = f"the worker {how}{times}"
+        self._enter(State.BACKOFF)  # before anything is awaited: it takes no request from here on
+        if tail := await asyncio.to_thread(self._folder.log_tail):
+            self.reason += f"; its log ends: {tail}"
+        self.restarts += 1
+        pid, delay_s = self.pid, self._backoff_s()
         log.error("engine %s (process %s): %s; next start in %.1f s", self.spec.served_name, pid, self.reason, delay_s)
         if self._handle is not None:
             if not await self._handle.kill():  # it failed: it gets no grace
