@@ -10,7 +10,7 @@ import secrets
 import string
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, delete, exists, func, insert, select, update
@@ -332,14 +332,19 @@ def count_resumes(connection: Connection, job_id: str, checkpoint_step: int) -> 
     return connection.execute(select(func.count()).select_from(_events).where(where)).scalar_one()
 
 
-def insert_resume(connection: Connection, job_id: str, checkpoint_step: int, n: int, event: NewEvent) -> bool:
-    """Notes the n-th new start from that checkpoint. False when the job is no longer running."""
+def insert_running_event(connection: Connection, job_id: str, event: NewEvent) -> bool:
+    """Adds an event to a running job. False when it is not running: what is over is told no more of."""
     running = select(_jobs.c.id).where(_jobs.c.id == job_id, _jobs.c.status == "running")
     if connection.execute(running).one_or_none() is None:
         return False
-    key = _resume_key(job_id, checkpoint_step, str(n))
-    insert_events(connection, job_id, [NewEvent(event.message, event.level, data=event.data, source_key=key)])
+    insert_events(connection, job_id, [event])
     return True
+
+
+def insert_resume(connection: Connection, job_id: str, checkpoint_step: int, n: int, event: NewEvent) -> bool:
+    """Notes the n-th new start from that checkpoint. False when the job is no longer running."""
+    keyed = replace(event, source_key=_resume_key(job_id, checkpoint_step, str(n)))
+    return insert_running_event(connection, job_id, keyed)
 
 
 def select_checkpoint_page(
@@ -374,14 +379,14 @@ def _leave(
 
 def _drop_undone_metrics(connection: Connection, job_id: str, attempt: int, first_step: int) -> None:
     """Forgets steps that an earlier attempt took and this one takes again, for it began at a checkpoint before them."""
-    where = (_events.c.job_id == job_id, _events.c.type == "metrics")
-    undone = [
-        row.id
-        for row in connection.execute(select(_events.c.id, _events.c.data, _events.c.source_key).where(*where))
-        if int((row.source_key or "//").split("/")[1] or 0) < attempt and (row.data or {}).get("step", 0) >= first_step
-    ]
-    for start in range(0, len(undone), 500):
-        connection.execute(delete(_events).where(_events.c.id.in_(undone[start : start + 500])))
+    connection.execute(
+        delete(_events).where(
+            _events.c.job_id == job_id,
+            _events.c.type == "metrics",
+            _events.c.source_key.not_like(f"{job_id}/{attempt}/%"),
+            _events.c.data["step"].as_integer() >= first_step,
+        )
+    )
 
 
 def _store_checkpoint(connection: Connection, job: Job, checkpoint: NewCheckpoint) -> None:

@@ -1,0 +1,179 @@
+"""A job is created: its base and files found, its folder built, and then its row, with its first events, committed.
+
+Its one rule: what is acknowledged can run. The folder is whole on the disk before the row is there; a request that fails in
+between leaves nothing, or a folder that the next start sweeps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sqlalchemy import Connection
+
+from gateway.engines.catalog import Base, Catalog
+from gateway.engines.engine import Engine
+from gateway.errors import RateLimited, RequestError, TunegateError
+from gateway.jobdir import BaseRef, FileRef, Hyperparameters, JobSpec
+from gateway.jobs.folder import TRAINING_FILE, VALIDATION_FILE, build_folder, remove_folder
+from gateway.settings import JobSettings
+from gateway.store import files as file_statements
+from gateway.store import jobs as statements
+from gateway.store.blobs import Blobs
+from gateway.store.database import Store
+from gateway.store.files import File
+from gateway.store.jobs import Job, new_id
+
+if TYPE_CHECKING:
+    from gateway.wire.fine_tuning import CreateJob
+
+PURPOSE = "fine-tune"
+FULL_RETRY_AFTER_S = 60
+
+
+@dataclass(frozen=True)
+class Creation:
+    """`await create(request)` gives the job's row, committed."""
+
+    store: Store
+    blobs: Blobs
+    jobs_dir: Path
+    settings: JobSettings
+    catalog: Catalog
+
+    async def create(self, request: CreateJob, idempotency_key: str | None, project_id: str) -> Job:
+        """The new job, or the one that an earlier request with the same key made.
+
+        RequestError names what is wrong with the request; RateLimited when as many jobs wait as may.
+        """
+        if idempotency_key is not None:
+            earlier = await self.store.read(
+                lambda connection: statements.select_by_idempotency_key(connection, project_id, idempotency_key)
+            )
+            if earlier is not None:
+                return _same(earlier, request)
+        base = _tunable(self.catalog.base_for_tuning(request.model))
+        inputs = await self.store.read(lambda connection: _find_inputs(connection, request, project_id))
+        job = _new_job(request, base, idempotency_key, project_id)
+        await asyncio.to_thread(self._build, job, base, inputs)
+        try:
+            stored = await self.store.write(lambda connection: self._insert(connection, job, request))
+        except TunegateError:
+            await asyncio.to_thread(remove_folder, self.jobs_dir / job.id)
+            raise
+        if stored.id != job.id:
+            await asyncio.to_thread(remove_folder, self.jobs_dir / job.id)
+        return stored
+
+    def _build(self, job: Job, base: Base, inputs: dict[str, File]) -> None:
+        refs = {
+            place: FileRef(file.id, file.filename, f"sha256:{file.digest}", place) for place, file in inputs.items()
+        }
+        spec = JobSpec(
+            job_id=job.id,
+            model=job.model,
+            created_at=job.created_at,
+            base=BaseRef(base.name, str(base.prepared.path), str(base.prepared.gguf), base.prepared.digest),
+            training_file=refs[TRAINING_FILE],
+            validation_file=refs.get(VALIDATION_FILE),
+            seed=job.seed,
+            threads=self.settings.threads or len(os.sched_getaffinity(0)),
+            max_length=base.context_length,
+            template_digest=base.bundle.digest,
+            hyperparameters=Hyperparameters(**job.hyperparameters),
+        )
+        data = {place: self.blobs.path(file.digest) for place, file in inputs.items()}
+        try:
+            build_folder(self.jobs_dir / job.id, spec, data, base.bundle.to_files())
+        except FileNotFoundError as error:  # deleted since its row was read
+            raise RequestError(
+                "A file of this job was deleted while the job was being created; upload it again.",
+                param="training_file",
+            ) from error
+
+    def _insert(self, connection: Connection, job: Job, request: CreateJob) -> Job:
+        if job.idempotency_key is not None:
+            earlier = statements.select_by_idempotency_key(connection, job.project_id, job.idempotency_key)
+            if earlier is not None:
+                return _same(earlier, request)
+        waiting = statements.count_waiting(connection)
+        if waiting >= self.settings.queued:
+            raise RateLimited(
+                f"{waiting} fine-tuning jobs are waiting already, as many as may (`queued` under [jobs] in the "
+                "settings). Try again when one is done, or cancel one.",
+                retry_after_s=FULL_RETRY_AFTER_S,
+            )
+        validating = f"Validating training file: {job.training_file}"
+        if job.validation_file is not None:
+            validating += f" and validation file: {job.validation_file}"
+        statements.insert_job(connection, job, [f"Created fine-tuning job: {job.id}", validating])
+        return job
+
+
+def _find_inputs(connection: Connection, request: CreateJob, project_id: str) -> dict[str, File]:
+    """The rows of the input files, by their place in the job's folder."""
+    found = {TRAINING_FILE: _find_file(connection, request.training_file, "training_file", project_id)}
+    if request.validation_file is not None:
+        found[VALIDATION_FILE] = _find_file(connection, request.validation_file, "validation_file", project_id)
+    return found
+
+
+def _find_file(connection: Connection, file_id: str, param: str, project_id: str) -> File:
+    file = file_statements.select_file(connection, file_id, now=int(time.time()), project_id=project_id)
+    if file is None:
+        raise RequestError(
+            f"{file_id[:100]} does not exist. Upload it first, with the purpose '{PURPOSE}'.", param=param
+        )
+    if file.purpose != PURPOSE:
+        raise RequestError(
+            f"{file_id} was uploaded with the purpose '{file.purpose}'; a {param} needs the purpose '{PURPOSE}'.",
+            param=param,
+        )
+    return file
+
+
+def _tunable(base: Base) -> Base:
+    if not isinstance(base.engine, Engine):
+        raise RequestError(
+            f"'{base.name}' is served by an engine that runs elsewhere, which cannot be given adapters yet. Tune a base "
+            "without `engine_url` in the settings.",
+            param="model",
+        )
+    return base
+
+
+def _new_job(request: CreateJob, base: Base, idempotency_key: str | None, project_id: str) -> Job:
+    return Job(
+        id=new_id("ftjob-"),
+        created_at=int(time.time()),
+        model=request.model,
+        base=base.name,
+        training_file=request.training_file,
+        validation_file=request.validation_file,
+        suffix=request.suffix,
+        seed=request.seed if request.seed is not None else secrets.randbelow(2**31),
+        hyperparameters=dict(request.hyperparameters),
+        metadata=request.metadata,
+        idempotency_key=idempotency_key,
+        project_id=project_id,
+    )
+
+
+def _same(earlier: Job, request: CreateJob) -> Job:
+    """The job of an earlier request with this key; RequestError when it asked for something else."""
+    asked = ("model", "training_file", "validation_file", "suffix", "hyperparameters", "metadata")
+    differing = [name for name in asked if getattr(earlier, name) != getattr(request, name)]
+    if request.seed is not None and request.seed != earlier.seed:
+        differing.append("seed")
+    if differing:
+        raise RequestError(
+            f"The Idempotency-Key {earlier.idempotency_key!r} was used for job {earlier.id} with another "
+            f"{', '.join(differing)}. Use a new key for another job.",
+            param=differing[0],
+        )
+    return earlier

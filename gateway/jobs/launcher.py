@@ -1,0 +1,110 @@
+"""Starts trainers, and finds again those that an earlier gateway started.
+
+Its one rule: a trainer outlives the gateway. It gets a session and a process group of its own, its log is a file, it inherits
+no descriptor, and none of the gateway's secrets stand in its environment. The job's lock, not the launcher, makes sure
+that there is one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import gateway
+from gateway.engines.handle import ProcessHandle
+from gateway.jobdir import JobDir, read_json, write_json
+
+TRAINER_COMMAND = (sys.executable, "-m", "trainer")
+KEPT_VARIABLES = ("PATH", "HOME", "LANG", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CUDA_VISIBLE_DEVICES")
+KEPT_PREFIXES = ("LC_", "PYTHON", "OMP_", "MKL_", "OPENBLAS_")
+CHECK_RECORD = "check.process.json"
+
+
+class Launcher:
+    """Runs `command JOB_DIR …`; another command stands in for the trainer where a test needs one that misbehaves."""
+
+    def __init__(self, command: tuple[str, ...] = TRAINER_COMMAND) -> None:
+        self._command = command
+
+    async def train(self, folder: JobDir) -> ProcessHandle:
+        """Starts a trainer. It may find the lock taken and exit with LOCKED_EXIT_CODE."""
+        return await self._start(folder, ())
+
+    async def check(self, folder: JobDir) -> ProcessHandle:
+        """Starts the check of a job's files."""
+        return await self._start(folder, ("--check",))
+
+    async def _start(self, folder: JobDir, arguments: tuple[str, ...]) -> ProcessHandle:
+        spawning = asyncio.ensure_future(asyncio.to_thread(self._spawn, folder, arguments))
+        try:
+            handle = await asyncio.shield(spawning)
+        except asyncio.CancelledError:
+            (await spawning).close()
+            raise
+        handle.watch()
+        return handle
+
+    def _spawn(self, folder: JobDir, arguments: tuple[str, ...]) -> ProcessHandle:
+        with (folder.path / "trainer.log").open("ab") as log:
+            child = subprocess.Popen(
+                [*self._command, str(folder.path), *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=folder.path,
+                env=child_environment(os.environ),
+                start_new_session=True,
+            )
+        with contextlib.suppress(OSError):
+            # When memory runs out, the trainer goes (and is resumed) before whatever serves.
+            Path(f"/proc/{child.pid}/oom_score_adj").write_text("500")
+        handle = ProcessHandle.of_child(child)
+        if arguments:
+            write_json(folder.path / CHECK_RECORD, {"pid": handle.pid, "start_time": handle.start_time})
+        return handle
+
+
+async def adopt_trainer(folder: JobDir) -> ProcessHandle | None:
+    """The process that holds the job's lock; None when nobody does, or nobody that can be told from a stranger."""
+    return _watched(await asyncio.to_thread(_open_holder, folder))
+
+
+async def adopt_check(folder: JobDir) -> ProcessHandle | None:
+    """A check that an earlier gateway left running."""
+    return _watched(await asyncio.to_thread(_open_check, folder))
+
+
+def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """What a trainer may know of the gateway's environment: no keys, and where our packages are."""
+    kept = {k: v for k, v in environ.items() if k in KEPT_VARIABLES or k.startswith(KEPT_PREFIXES)}
+    # The working directory is the job's: nothing in it may be taken for a module.
+    kept["PYTHONSAFEPATH"] = "1"
+    kept["PYTHONUNBUFFERED"] = "1"
+    root = Path(gateway.__file__).resolve().parent.parent
+    if root.name not in ("site-packages", "dist-packages"):
+        kept["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [environ.get("PYTHONPATH")])])
+    return kept
+
+
+def _open_holder(folder: JobDir) -> ProcessHandle | None:
+    holder = folder.holder()
+    return None if holder is None else ProcessHandle.open(holder.pid, holder.start_time)
+
+
+def _open_check(folder: JobDir) -> ProcessHandle | None:
+    try:
+        record = read_json(folder.path / CHECK_RECORD)
+        return ProcessHandle.open(int(record["pid"]), int(record["start_time"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _watched(handle: ProcessHandle | None) -> ProcessHandle | None:
+    if handle is not None:
+        handle.watch()
+    return handle

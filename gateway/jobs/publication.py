@@ -1,0 +1,261 @@
+"""What training made becomes a model: checked, kept, loaded and verified on an engine, then published in one transaction.
+
+Its one rule: `succeeded` is written together with the model's row, after an engine has loaded the adapter and reproduced
+what the trainer saw, and only while the job is running. Names follow from the job, so publishing again after a kill is
+the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import logging
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection
+
+from gateway.chat.bundle import TEMPLATE_FILE, TOKENIZER_FILE, Bundle
+from gateway.engines.adapters import Adapter, AdapterRejected, check_adapter, immutable_name, link_adapter
+from gateway.engines.catalog import Base, Catalog, TunedModel
+from gateway.engines.engine import Engine
+from gateway.errors import EngineError
+from gateway.jobdir import JobDir, Result
+from gateway.jobs.barrier import pass_barrier
+from gateway.jobs.folder import adapter_checkpoints
+from gateway.jobs.names import model_name
+from gateway.jobs.training import JobCancelled, JobFailed
+from gateway.store import jobs as statements
+from gateway.store import models as model_statements
+from gateway.store.blobs import BlobRef, Blobs
+from gateway.store.database import Store
+from gateway.store.files import insert_file
+from gateway.store.jobs import Event, Job, NewEvent
+from gateway.store.models import ModelRow
+
+logger = logging.getLogger("tunegate.jobs")
+
+T = TypeVar("T")
+
+SERVED_CHECKPOINTS = 3
+ENGINE_WAIT_S = 900.0
+ENGINE_RETRY_S = 2.0
+RESULT_FILENAME = "step_metrics.csv"
+RESULT_PURPOSE = "fine-tune-results"
+RESULT_COLUMNS = {
+    "step": "step",
+    "train_loss": "train_loss",
+    "train_accuracy": "train_mean_token_accuracy",
+    "valid_loss": "valid_loss",
+    "valid_mean_token_accuracy": "valid_mean_token_accuracy",
+}
+
+
+@dataclass(frozen=True)
+class Publication:
+    """`await publish(…)` for a job whose trainer left a result that succeeded."""
+
+    store: Store
+    blobs: Blobs
+    adapters_dir: Path
+    organization: str
+    catalog: Catalog
+    engines: Callable[[str], Engine]
+    engine_wait_s: float = ENGINE_WAIT_S
+
+    async def publish(self, job: Job, folder: JobDir, result: Result, stop: asyncio.Event) -> None:
+        """The job succeeded and its models are served. Raises JobFailed, and JobCancelled where a cancel was first."""
+        begun: list[_Candidate] = []
+        try:
+            base = await self._find_base(job, stop)
+            final = await self._keep(job, base, folder.adapter, model_name(job, self.organization), None)
+            begun.append(final)
+            await self._load(job, final, stop)
+            verified = [final]
+            for candidate in await self._keep_checkpoints(job, base, folder):
+                begun.append(candidate)
+                try:
+                    await self._load(job, candidate, stop)
+                    verified.append(candidate)
+                except AdapterRejected as error:
+                    await self._tell_refused(job, candidate.row.name, error)
+            await asyncio.to_thread(pass_barrier, "before-publication-commit")
+            await self._commit(job, result, verified)
+        except AdapterRejected as error:
+            await self._drop(job, begun)
+            raise JobFailed("adapter_not_servable", f"The trained adapter cannot be served: {error.message}") from error
+        except (JobCancelled, JobFailed):
+            await self._drop(job, begun)
+            raise
+        for candidate in verified:
+            self.catalog.publish(candidate.served())
+        logger.info("job %s: %s is served", job.id, final.row.name)
+
+    async def _find_base(self, job: Job, stop: asyncio.Event) -> Base:
+        """The job's base, which may still be being prepared when the gateway has just started."""
+        deadline = time.monotonic() + self.engine_wait_s
+        while True:
+            try:
+                return self.catalog.base(job.base)
+            except KeyError:
+                if time.monotonic() > deadline:
+                    raise JobFailed(
+                        "engine_unavailable", f"The base '{job.base}' is not served any more; see the settings' [bases]"
+                    ) from None
+            await _unless_stopped(asyncio.sleep(ENGINE_RETRY_S), stop)
+
+    async def _keep_checkpoints(self, job: Job, base: Base, folder: JobDir) -> list[_Candidate]:
+        """The newest checkpoints; one that is refused costs a warning, not the job."""
+        exported = await asyncio.to_thread(adapter_checkpoints, folder)
+        known = await self.store.read(lambda connection: statements.select_checkpoints(connection, job.id))
+        kept = []
+        for checkpoint in [c for c in known if c.step_number in exported][-SERVED_CHECKPOINTS:]:
+            step = checkpoint.step_number
+            try:
+                kept.append(await self._keep(job, base, exported[step], checkpoint.name, step))
+            except AdapterRejected as error:
+                await self._tell_refused(job, checkpoint.name, error)
+        return kept
+
+    async def _keep(self, job: Job, base: Base, source: Path, name: str, step: int | None) -> _Candidate:
+        """Checks the adapter in `source` and links it to where it stays. Raises AdapterRejected."""
+        return await asyncio.to_thread(self._keep_now, job, base, source, name, step)
+
+    def _keep_now(self, job: Job, base: Base, source: Path, name: str, step: int | None) -> _Candidate:
+        check_adapter(source, base.prepared.digest)
+        digest, path = link_adapter(source, self.adapters_dir)
+        bundle = _read_bundle(path / "template", base.bundle)
+        row = ModelRow(
+            name=name,
+            created_at=int(time.time()),
+            base=job.base,
+            adapter_digest=digest,
+            adapter_path=str(path),
+            engine_name=immutable_name(name, digest),
+            template_digest=bundle.digest,
+            job_id=job.id,
+            owned_by=self.organization,
+            step_number=step,
+            project_id=job.project_id,
+        )
+        return _Candidate(row, Adapter(row.engine_name, path, job.base, digest), bundle)
+
+    async def _load(self, job: Job, candidate: _Candidate, stop: asyncio.Event) -> None:
+        """Has the engine load and verify. Waits for an engine that is not there, but not for ever.
+
+        Raises AdapterRejected, JobFailed, JobCancelled.
+        """
+        deadline = time.monotonic() + self.engine_wait_s
+        told = False
+        while True:
+            try:
+                engine = self.engines(job.base)
+                if not engine.ready and not told:
+                    told = True
+                    await self._tell(job, "The model is trained and waits for its engine to be ready")
+                report = await _unless_stopped(engine.ensure_adapter(candidate.adapter), stop)
+                if report is not None and report.warning:
+                    await self._tell(job, f"{candidate.row.name}: {report.warning}", "warn")
+                return
+            except EngineError as error:
+                logger.warning("job %s: %s", job.id, error.message)
+                if time.monotonic() > deadline:
+                    raise JobFailed(
+                        "engine_unavailable",
+                        f"The model was trained, but no engine loaded it within {self.engine_wait_s:g} s: {error.message}",
+                    ) from error
+            await _unless_stopped(asyncio.sleep(ENGINE_RETRY_S), stop)
+
+    async def _commit(self, job: Job, result: Result, loaded: list[_Candidate]) -> None:
+        metrics = await self.store.read(lambda connection: statements.select_metrics(connection, job.id))
+        async with self.blobs.putting(write_csv(metrics)) as blob:
+            await self.store.write(lambda connection: self._publish_rows(connection, job, result, loaded, blob))
+
+    def _publish_rows(
+        self, connection: Connection, job: Job, result: Result, loaded: list[_Candidate], blob: BlobRef
+    ) -> None:
+        """The one transaction."""
+        name = loaded[0].row.name
+        file = insert_file(
+            connection,
+            blob,
+            filename=RESULT_FILENAME,
+            purpose=RESULT_PURPOSE,
+            created_at=int(time.time()),
+            project_id=job.project_id,
+        )
+        events = [
+            NewEvent(f"New fine-tuned model created: {name}"),
+            NewEvent("The job has successfully completed"),
+        ]
+        if not statements.succeed_job(connection, job.id, name, result.trained_tokens, [file.id], events):
+            raise JobCancelled  # undoes the file's row
+        for candidate in loaded:
+            model_statements.insert_model(connection, candidate.row)
+
+    async def _drop(self, job: Job, candidates: list[_Candidate]) -> None:
+        for candidate in candidates:
+            try:
+                await self.engines(job.base).drop_adapter(candidate.adapter.engine_name)
+            except EngineError:  # it is not there: nor is the adapter, for it is not desired
+                logger.info("job %s: no engine to drop %s from", job.id, candidate.row.name)
+
+    async def _tell_refused(self, job: Job, checkpoint: str, error: AdapterRejected) -> None:
+        await self._tell(job, f"The checkpoint {checkpoint} is not served: {error.message}", "warn")
+
+    async def _tell(self, job: Job, message: str, level: statements.Level = "info") -> None:
+        event = NewEvent(message, level=level)
+        await self.store.write(lambda connection: statements.insert_running_event(connection, job.id, event))
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """An adapter on its way to be a model."""
+
+    row: ModelRow
+    adapter: Adapter
+    bundle: Bundle
+
+    def served(self) -> TunedModel:
+        row = self.row
+        return TunedModel(row.name, row.base, self.bundle, row.engine_name, row.created_at, row.owned_by)
+
+
+async def _unless_stopped(work: Coroutine[Any, Any, T], stop: asyncio.Event) -> T:
+    """What `work` gives, unless the job is cancelled first: JobCancelled."""
+    working, stopping = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise JobCancelled
+        return working.result()
+    finally:
+        working.cancel()
+        stopping.cancel()
+        await asyncio.gather(working, stopping, return_exceptions=True)
+
+
+def _read_bundle(folder: Path, of_base: Bundle) -> Bundle:
+    """The bundle that the adapter was trained through; the base's own object where it is the same."""
+    files = {name: (folder / name).read_bytes() for name in (TEMPLATE_FILE, TOKENIZER_FILE)}
+    if files == of_base.to_files():
+        return of_base
+    try:
+        return Bundle.from_files(files)
+    except (ValueError, TypeError, LookupError) as error:
+        raise AdapterRejected(f"its template bundle cannot be read: {error}") from error
+
+
+def write_csv(metrics: Iterable[Event]) -> bytes:
+    """A job's result file: one line a step; what was not measured at a step is empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(RESULT_COLUMNS)
+    for event in metrics:
+        data = event.data or {}
+        writer.writerow(["" if data.get(name) is None else data[name] for name in RESULT_COLUMNS.values()])
+    return text.getvalue().encode()
