@@ -35,6 +35,11 @@ SWITCH_INTERVAL_S = 0.0005  # how long the HTTP thread and the decode loop may k
 KV_BUDGET_BYTES = 2 * 2**30  # what the default context may take for all sequences together
 SMALLEST_CONTEXT = 512
 KEEP_ALIVE_S = 300
+# A thread waits for the others after every operation: below so much weight each, the waiting costs more than it saves.
+WEIGHT_BYTES_PER_THREAD = 16 * 2**20
+# How long OpenMP's threads spin before they sleep. Its default (some hundred thousand rounds) makes a decode ten times
+# slower as soon as another process, say a trainer, wants the same cores; this costs nothing where the cores are free.
+SPIN_ROUNDS = "500"
 
 
 def main() -> int:
@@ -43,7 +48,10 @@ def main() -> int:
     logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("gguf").setLevel(logging.WARNING)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_ROUNDS)  # read when llama.cpp is imported, here and in the child
     try:
+        options.threads = options.threads or _default_threads(options.model)
         key = options.key_file.read_text().strip()
         listener = _bind(options.host, options.port)
         with ThreadPoolExecutor(1) as pool:
@@ -69,7 +77,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--max-seqs", type=_whole(1, 256), default=8, help="sequences that run at the same time")
     parser.add_argument("--max-queue", type=_whole(0, 100_000), default=128, help="sequences that may wait")
-    parser.add_argument("--threads", type=_whole(1, 1024), default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--threads", type=_whole(0, 1024), default=0, help="0 = this process's cores, fewer for a small model"
+    )
     parser.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
     return parser.parse_args(arguments)
 
@@ -170,6 +180,11 @@ def start_time() -> int:
     """When this process started, in clock ticks since boot (field 22 of /proc/self/stat): with the pid, its identity."""
     text = Path("/proc/self/stat").read_text()
     return int(text[text.rindex(")") + 2 :].split()[19])
+
+
+def _default_threads(model_path: Path) -> int:
+    worthwhile = model_path.stat().st_size // WEIGHT_BYTES_PER_THREAD
+    return max(1, min(len(os.sched_getaffinity(0)), worthwhile))
 
 
 def _default_context(trained: int, kv_bytes_per_token: int, options: argparse.Namespace) -> int:

@@ -1,0 +1,164 @@
+"""Adapters that come and go while the worker runs, and files that it must refuse."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gateway.llama_worker.native import Context, ContextSize, Model, NativeLog
+from gateway.llama_worker.sampling import log_probabilities
+from tests.llama_worker.conftest import SLOW
+from tests.llama_worker.running import RunningWorker, prompt, request, running
+from tests.tiny_gguf import Shape, write_tiny_gguf, write_tiny_lora
+
+
+def test_an_adapter_is_listed_with_its_parent_while_it_is_loaded(
+    worker: RunningWorker, adapter_folders: dict[str, Path]
+) -> None:
+    assert worker.load("guest", adapter_folders["red"]).text.startswith("Success")
+    listed = {entry["id"]: entry for entry in worker.client.get("/v1/models").json()["data"]}
+    assert listed["guest"]["parent"] == "base"
+    assert listed["guest"]["root"] == str(adapter_folders["red"])
+    assert listed["base"]["parent"] is None
+    assert listed["base"]["max_model_len"] == 512
+    assert worker.ids(model="guest") == worker.ids(model="red") != worker.ids()
+    assert worker.unload("guest").status_code == 200
+    assert worker.post(model="guest").status_code == 404
+    assert "guest" not in worker.client.get("/v1/models").text
+
+
+@pytest.mark.parametrize("name", ["red", "base"])
+def test_a_name_in_use_is_refused(worker: RunningWorker, adapter_folders: dict[str, Path], name: str) -> None:
+    response = worker.load(name, adapter_folders["blue"])
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "lora_name"
+
+
+def test_an_unknown_name_cannot_be_unloaded(worker: RunningWorker) -> None:
+    assert worker.unload("nobody").status_code == 404
+    assert worker.unload("base").status_code == 404
+
+
+@pytest.mark.parametrize("path", [None, "", "relative/folder", 5, "/a\0b"])
+def test_a_path_that_is_not_absolute_is_refused(worker: RunningWorker, path: object) -> None:
+    response = worker.client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": path})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "lora_path"
+
+
+def test_a_missing_file_is_not_found(worker: RunningWorker, tmp_path: Path) -> None:
+    assert worker.load("x", tmp_path).status_code == 404
+    assert worker.load("x", tmp_path / "nowhere").status_code == 404
+
+
+def test_files_that_llama_cpp_refuses_hurt_nobody(
+    worker: RunningWorker, adapter_folders: dict[str, Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    good = (adapter_folders["red"] / "adapter.gguf").read_bytes()
+    before = worker.ids(max_tokens=40)
+    bad = {
+        "empty": b"",
+        "text": b"not a GGUF file at all",
+        "truncated header": good[:100],
+        "truncated data": good[: len(good) * 3 // 4],
+        "a model": tiny_model.read_bytes(),
+    }
+    for name, content in bad.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "adapter.gguf").write_bytes(content)
+        response = worker.load("x", folder)
+        assert response.status_code == 400, name
+        assert response.json()["error"]["param"] == "lora_path"
+    write_tiny_lora(tmp_path / "wrong shape" / "adapter.gguf", Shape(hidden=128))
+    assert worker.load("x", tmp_path / "wrong shape").status_code == 400
+    write_tiny_lora(tmp_path / "more layers" / "adapter.gguf", Shape(layers=3))
+    assert worker.load("x", tmp_path / "more layers").status_code == 400
+    assert worker.ids(max_tokens=40) == before
+    assert worker.post(model="x").status_code == 404
+
+
+def test_an_adapter_that_makes_no_numbers_fails_its_own_requests_only(worker: RunningWorker, tmp_path: Path) -> None:
+    write_tiny_lora(tmp_path / "adapter.gguf", strength=float("nan"))
+    assert worker.load("broken", tmp_path).status_code == 200
+    good = {"max_tokens": 300, "ignore_eos": True}
+    alone = worker.ids(**good)
+    with ThreadPoolExecutor(2) as pool:
+        running_reply = pool.submit(worker.ids, **good)
+        failed = worker.post(model="broken")
+    assert failed.status_code == 500
+    assert "not finite" in failed.json()["error"]["message"]
+    assert running_reply.result() == alone
+    assert worker.unload("broken").status_code == 200
+
+
+def test_an_error_after_the_first_byte_ends_the_stream_without_done(slow_model: Path, tmp_path: Path) -> None:
+    with running(tmp_path / "worker", slow_model) as worker:
+        body = request(prompt=[1, 2, 3], max_tokens=4000, ignore_eos=True, stream=True)
+        with worker.client.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            worker.process.terminate()  # the grace is 5 s; the reply would take longer
+            payloads = [line.removeprefix("data: ") for line in lines if line]
+    assert "shutting down" in json.loads(payloads[-1])["error"]["message"]
+    assert worker.process.returncode == 0
+
+
+def test_unload_waits_for_the_requests_that_run_and_refuses_new_ones(
+    slow_worker: RunningWorker, tmp_path: Path
+) -> None:
+    write_tiny_lora(tmp_path / "adapter.gguf", SLOW, strength=0.1)
+    assert slow_worker.load("guest", tmp_path).status_code == 200
+    fields = {"model": "guest", "max_tokens": 400, "ignore_eos": True}
+    alone = slow_worker.ids(**fields)
+    with ThreadPoolExecutor(2) as pool:
+        reply = pool.submit(slow_worker.ids, **fields)
+        slow_worker.wait_metric("sequences_running", 1, timeout_s=1)
+        gone = pool.submit(slow_worker.unload, "guest")
+        slow_worker.wait_metric("adapters", 0, timeout_s=1)
+        assert not gone.done()
+        assert slow_worker.post(model="guest").status_code == 404
+        assert slow_worker.load("guest", tmp_path).status_code == 400
+        assert reply.result() == alone
+        assert gone.result().status_code == 200
+    assert slow_worker.load("guest", tmp_path).status_code == 200
+    assert slow_worker.unload("guest").status_code == 200
+
+
+def test_eight_streams_of_one_adapter_equal_one_alone(worker: RunningWorker) -> None:
+    requests = [{"model": "red", "prompt": prompt(15 + 20 * salt, salt), "max_tokens": 60} for salt in range(8)]
+    alone = [worker.ids(**fields) for fields in requests]
+    for _ in range(3):
+        assert worker.ids_together(requests) == alone
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(4, 8.0), (16, 4.0), (3, 8.0), (8, 0.0)])
+def test_an_adapter_has_the_strength_that_its_file_says(tmp_path: Path, rank: int, alpha: float) -> None:
+    # An f16 model: no quantised activations, so the same adapter loaded plainly must agree closely.
+    model_path = write_tiny_gguf(tmp_path / "model.gguf", q4_0=False)
+    adapter_path = write_tiny_lora(tmp_path / "tuned" / "adapter.gguf", rank=rank, alpha=alpha, strength=0.2)
+    ids = prompt(40)
+    model = Model(model_path, NativeLog())
+    context = Context(model, ContextSize(64, 1, 64), threads=1)
+    base = log_probabilities(context.decode(ids, range(40), [0] * 40, [True] * 40).copy())
+    context.clear(0)
+    adapter = model.load_adapter(adapter_path)
+    context.use_adapter(adapter)
+    tuned = log_probabilities(context.decode(ids, range(40), [0] * 40, [True] * 40).copy())
+    context.close()
+    adapter.close()
+    model.close()
+    following = np.array(ids[1:])
+    expected = tuned[np.arange(39), following]
+    assert np.abs(expected - base[np.arange(39), following]).max() > 0.1
+    with running(tmp_path / "worker", model_path) as worker:
+        assert worker.load("tuned", adapter_path.parent).status_code == 200
+        entries = worker.complete(model="tuned", prompt=ids, prompt_logprobs=0, max_tokens=1)["choices"][0]
+        served = [
+            entry[str(token)]["logprob"] for token, entry in zip(ids[1:], entries["prompt_logprobs"][1:], strict=True)
+        ]
+    assert np.abs(np.array(served) - expected).max() < 0.01
