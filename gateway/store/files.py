@@ -1,0 +1,134 @@
+"""Every statement over `files`. What is deleted or past its `expires_at` is hidden from all but `select_referenced`."""
+
+from __future__ import annotations
+
+import secrets
+import string
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, Connection, RowMapping, exists, insert, or_, select, update
+
+from gateway.store.blobs import BlobRef
+from gateway.store.pages import Order, Page, select_page
+from gateway.store.tables import DEFAULT_PROJECT, files
+
+ID_CHARS = string.ascii_letters + string.digits
+
+
+@dataclass(frozen=True)
+class File:
+    """A file's row; the bytes are the blob `digest`."""
+
+    id: str
+    project_id: str
+    created_at: int
+    filename: str
+    purpose: str
+    size_bytes: int
+    digest: str
+    status: str
+    status_details: str | None
+    expires_at: int | None
+
+
+def insert_file(
+    connection: Connection,
+    blob: BlobRef,
+    *,
+    filename: str,
+    purpose: str,
+    created_at: int,
+    expires_at: int | None = None,
+    project_id: str = DEFAULT_PROJECT,
+) -> File:
+    """A new file over bytes that are stored and held."""
+    file = File(
+        id="file-" + "".join(secrets.choice(ID_CHARS) for _ in range(22)),
+        project_id=project_id,
+        created_at=created_at,
+        filename=filename,
+        purpose=purpose,
+        size_bytes=blob.size_bytes,
+        digest=blob.digest,
+        status="processed",
+        status_details=None,
+        expires_at=expires_at,
+    )
+    connection.execute(insert(files).values(**vars(file)))
+    return file
+
+
+def select_file(connection: Connection, file_id: str, *, now: int, project_id: str = DEFAULT_PROJECT) -> File | None:
+    statement = select(files).where(files.c.id == file_id, *_visible(project_id, now))
+    row = connection.execute(statement).mappings().one_or_none()
+    return None if row is None else _file(row)
+
+
+def select_files(
+    connection: Connection,
+    *,
+    now: int,
+    limit: int,
+    after: str | None = None,
+    order: Order = "desc",
+    purpose: str | None = None,
+    project_id: str = DEFAULT_PROJECT,
+) -> Page[File]:
+    where = _visible(project_id, now)
+    if purpose is not None:
+        where.append(files.c.purpose == purpose)
+    page = select_page(connection, files, *where, limit=limit, after=after, order=order)
+    return Page([_file(row) for row in page.items], page.has_more)
+
+
+def delete_file(connection: Connection, file_id: str, *, now: int, project_id: str = DEFAULT_PROJECT) -> File | None:
+    """Hides the file for good; it, or None when there was none to see. Its bytes are the caller's to remove."""
+    file = select_file(connection, file_id, now=now, project_id=project_id)
+    if file is not None:
+        connection.execute(update(files).where(files.c.id == file_id).values(deleted_at=now))
+    return file
+
+
+def has_expired(connection: Connection, now: int) -> bool:
+    return bool(connection.scalar(select(exists().where(*_expired(now)))))
+
+
+def delete_expired(connection: Connection, now: int) -> list[str]:
+    """Deletes every file past its `expires_at`; the digests of their bytes."""
+    expired = _expired(now)
+    digests = list(connection.scalars(select(files.c.digest).where(*expired).distinct()))
+    if digests:
+        connection.execute(update(files).where(*expired).values(deleted_at=now))
+    return digests
+
+
+def is_referenced(connection: Connection, digest: str) -> bool:
+    """Whether a file that was not deleted has these bytes."""
+    found = connection.scalar(select(exists().where(files.c.digest == digest, files.c.deleted_at.is_(None))))
+    return bool(found)
+
+
+def select_referenced(connection: Connection) -> set[str]:
+    """The digests of all bytes that files need."""
+    return set(connection.scalars(select(files.c.digest).where(files.c.deleted_at.is_(None)).distinct()))
+
+
+def was_ever_used(connection: Connection) -> bool:
+    """Whether any file was ever recorded, also one that is deleted by now."""
+    return connection.scalar(select(files.c.seq).limit(1)) is not None
+
+
+def _visible(project_id: str, now: int) -> list[ColumnElement[bool]]:
+    return [
+        files.c.project_id == project_id,
+        files.c.deleted_at.is_(None),
+        or_(files.c.expires_at.is_(None), files.c.expires_at > now),
+    ]
+
+
+def _expired(now: int) -> list[ColumnElement[bool]]:
+    return [files.c.deleted_at.is_(None), files.c.expires_at <= now]
+
+
+def _file(row: RowMapping) -> File:
+    return File(**{name: row[name] for name in File.__dataclass_fields__})
