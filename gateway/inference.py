@@ -122,6 +122,7 @@ class Inference:
     ) -> Generation:
         if self.in_flight >= self._limit:
             raise RateLimited(f"{self._limit} requests are being answered; try again shortly", retry_after_s=1)
+        _check_bias(sampling.logit_bias, served.bundle.tokenizer.vocab_size)
         max_tokens = _room(served, ids, sampling.max_tokens, param)
         readers = [ReplyReader(served.bundle, ids, sampling.stops, raw=raw) for _ in range(sampling.n)]
         by_text = bool(sampling.stops) or (not raw and bool(served.bundle.stop_strings))
@@ -243,6 +244,14 @@ def _room(served: Served, ids: list[int], wanted: int | None, param: str) -> int
             param=param,
         )
     return room if wanted is None else wanted
+
+
+def _check_bias(logit_bias: dict[str, float], vocab_size: int) -> None:
+    for token_id in logit_bias:
+        if int(token_id) >= vocab_size:
+            raise RequestError(
+                f"'logit_bias' holds the token id {token_id}, and the model has {vocab_size} tokens", param="logit_bias"
+            )
 
 
 def _engine_body(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import signal
 import socket
 import subprocess
@@ -57,6 +59,20 @@ class Server:
     def client(self) -> OpenAI:
         """The SDK as a user has it, in its strict mode, and without its own retries, which would hide a 5xx."""
         return OpenAI(base_url=self.base_url, api_key="unused", max_retries=0, _strict_response_validation=True)
+
+    def running_sequences(self, base: str = "tunegate-demo") -> int:
+        """How many sequences the base's engine is working on, from its own metrics."""
+        folder = self.data / "engines" / base
+        port = json.loads((folder / "ready.json").read_text())["port"]
+        key = (folder / "key").read_text().strip()
+        text = httpx.get(f"http://127.0.0.1:{port}/metrics", headers={"Authorization": f"Bearer {key}"}).text
+        counts = [
+            line.rsplit(" ", 1)[1]
+            for line in text.splitlines()
+            if re.match(r"\w+_(sequences_running|requests_waiting) ", line)
+        ]
+        assert counts, text
+        return int(sum(float(count) for count in counts))
 
     def kill(self) -> None:
         """SIGKILL to the gateway alone: its engines and trainers are left as a crash would leave them."""

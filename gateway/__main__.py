@@ -1,0 +1,81 @@
+"""The `tunegate` command."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import uvicorn
+
+from gateway import __version__
+from gateway.errors import SettingsError
+from gateway.settings import load_settings
+
+cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+
+@cli.callback()
+def about() -> None:
+    """Code written against the OpenAI API, on your own machine."""
+
+
+@cli.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on; loopback only.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    data: Annotated[str | None, typer.Option(help="The folder that everything is kept in.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Settings file (TOML).")] = None,
+) -> None:
+    """Serve the API until SIGTERM or Ctrl-C; ready when /readyz answers 200."""
+    from gateway.app import create_app  # the other commands start without it
+    from gateway.store.datadir import DataDir
+
+    try:
+        settings = load_settings(config, os.environ, {"host": host, "port": port, "data": data})
+        logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        for talkative in ("httpx", "alembic"):
+            logging.getLogger(talkative).setLevel(logging.WARNING)
+        data_dir = DataDir.open(settings.data_dir)
+    except (SettingsError, ValueError) as error:
+        typer.echo(f"tunegate: {error}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo(f"Tunegate {__version__} on http://{settings.host}:{settings.port}/v1, data in {settings.data_dir}")
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(settings, data_dir),
+            host=settings.host,
+            port=settings.port,
+            loop="uvloop",
+            http="httptools",
+            ws="none",
+            lifespan="on",
+            access_log=False,
+            server_header=False,
+            log_level=settings.log_level,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=30,
+        )
+    )
+    try:
+        server.run()
+    finally:
+        data_dir.close()
+    if not server.started:
+        raise typer.Exit(1)
+
+
+@cli.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def main() -> None:
+    cli()
+
+
+if __name__ == "__main__":
+    main()
