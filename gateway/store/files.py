@@ -38,7 +38,7 @@ def insert_file(
     filename: str,
     purpose: str,
     created_at: int,
-    expires_at: int | None = None,
+    expires_after_s: int | None = None,
     project_id: str = DEFAULT_PROJECT,
 ) -> File:
     """A new file over bytes that are stored and held."""
@@ -52,7 +52,7 @@ def insert_file(
         digest=blob.digest,
         status="processed",
         status_details=None,
-        expires_at=expires_at,
+        expires_at=None if expires_after_s is None else created_at + expires_after_s,
     )
     connection.execute(insert(files).values(**vars(file)))
     return file
@@ -82,11 +82,14 @@ def select_files(
 
 
 def delete_file(connection: Connection, file_id: str, *, now: int, project_id: str = DEFAULT_PROJECT) -> File | None:
-    """Hides the file for good; it, or None when there was none to see. Its bytes are the caller's to remove."""
-    file = select_file(connection, file_id, now=now, project_id=project_id)
-    if file is not None:
-        connection.execute(update(files).where(files.c.id == file_id).values(deleted_at=now))
-    return file
+    """Hides the file for good; it, also when it was deleted before, or None when there never was such a file.
+
+    Its bytes are the caller's to remove.
+    """
+    mine = [files.c.id == file_id, files.c.project_id == project_id]
+    connection.execute(update(files).where(*mine, files.c.deleted_at.is_(None)).values(deleted_at=now))
+    row = connection.execute(select(files).where(*mine)).mappings().one_or_none()
+    return None if row is None else _file(row)
 
 
 def has_expired(connection: Connection, now: int) -> bool:

@@ -6,7 +6,7 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
 from gateway.errors import SettingsError
@@ -58,7 +58,7 @@ def unavailable_reason(error: DBAPIError) -> str | None:
 
 def _create_engine(path: Path, n_connections: int, begin: str, pragmas: list[str], busy_timeout_s: float) -> Engine:
     engine = create_engine(
-        f"sqlite:///{path}",
+        URL.create("sqlite", database=str(path)),
         pool_size=n_connections,
         max_overflow=0,
         connect_args={"timeout": busy_timeout_s, "isolation_level": None},  # this module says BEGIN, not the driver
