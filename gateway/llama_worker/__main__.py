@@ -92,7 +92,8 @@ class Worker:
     ) -> None:
         # Imported here, so that a bad command line or a crash in the proof costs nothing.
         from gateway.llama_worker.adapters import Adapters
-        from gateway.llama_worker.http import Front, publisher
+        from gateway.llama_worker.delivery import publisher
+        from gateway.llama_worker.http import Front
         from gateway.llama_worker.metrics import Metrics
         from gateway.llama_worker.native import Context, ContextSize, Model, NativeLog, library_version
         from gateway.llama_worker.scheduler import PROMPT_CHUNK, Scheduler

@@ -25,12 +25,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.errors import BodyTooLarge, EngineUnavailable, ModelNotFound, RequestError, TunegateError, Unauthorized
 from gateway.llama_worker.adapters import Adapters
+from gateway.llama_worker.delivery import Gone, Mailbox, answer, call_soon, send_json, stream, watch
+from gateway.llama_worker.generation import Generation
 from gateway.llama_worker.metrics import CONTENT_TYPE, Metrics
-from gateway.llama_worker.scheduler import Event, Finished, Generation, Scheduler
+from gateway.llama_worker.scheduler import Scheduler
 from gateway.llama_worker.wire import (
-    DONE,
-    Choice,
-    Completion,
     Limits,
     Reply,
     parse_adapter,
@@ -126,7 +125,7 @@ class Front:
             if not answered.done():  # it is, when the client went away
                 answered.set_result(error)
 
-        order(lambda error: _call_soon(loop, settle, error))
+        order(lambda error: call_soon(loop, settle, error))
         error = await answered
         if error is not None:
             raise error
@@ -138,115 +137,20 @@ class Front:
         if self.draining or self._in_flight + request.n > self._in_flight_limit:
             why = "is shutting down" if self.draining else f"has {self._in_flight} sequences in flight, its limit"
             raise EngineUnavailable(f"The worker {why}; try again.", retry_after_s=RETRY_AFTER_S)
-        mailbox = _Mailbox()
+        mailbox = Mailbox()
         generation = Generation(request, mailbox.put)
         reply = Reply(f"cmpl-{uuid.uuid4().hex}", request)
-        watcher = asyncio.ensure_future(_watch(receive, mailbox))
+        watcher = asyncio.ensure_future(watch(receive, mailbox))
         self._in_flight += request.n
         self._scheduler.submit(generation)
         try:
-            await (_stream if request.stream else _answer)(request, reply, mailbox, send)
-        except _Gone:
+            await (stream if request.stream else answer)(request, reply, mailbox, send)
+        except Gone:
             log.debug("a client went away")
         finally:
             self._in_flight -= request.n
             watcher.cancel()
             self._scheduler.cancel(generation)  # does nothing to one that is over
-
-
-class _Gone(Exception):
-    """The client closed its connection."""
-
-
-class _Mailbox:
-    """Events for one request; filled and emptied on the loop."""
-
-    def __init__(self) -> None:
-        self._events: list[Event | _Gone] = []
-        self._waiter: asyncio.Future[None] | None = None
-
-    def put(self, event: Event | _Gone) -> None:
-        self._events.append(event)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def take(self) -> list[Event]:
-        """All events since the last call, at least one; raises _Gone when the client has left."""
-        if not self._events:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        events, self._events = self._events, []
-        for event in events:
-            if isinstance(event, _Gone):
-                raise event
-        return events  # type: ignore[return-value]  # no _Gone among them
-
-
-async def _watch(receive: Receive, mailbox: _Mailbox) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    mailbox.put(_Gone())
-
-
-async def _stream(request: Completion, reply: Reply, mailbox: _Mailbox, send: Send) -> None:
-    started = False
-    tokens = 0
-    while True:
-        frames = []
-        finished = False
-        for event in await mailbox.take():
-            if isinstance(event, Choice):
-                frames.append(reply.frame(event))
-                tokens += len(event.ids)
-            elif isinstance(event, Finished):
-                finished = True
-                frames += [reply.usage_frame(tokens)] if request.include_usage else []
-                frames.append(DONE)
-            elif not started:
-                raise event
-            else:
-                finished = True
-                frames.append(b"data: " + orjson.dumps(event.body()) + b"\n\n")
-        if not started:
-            started = True
-            headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": b"".join(frames), "more_body": not finished})
-        if finished:
-            return
-
-
-async def _answer(request: Completion, reply: Reply, mailbox: _Mailbox, send: Send) -> None:
-    choices = [Choice(index, [], []) for index in range(request.n)]
-    while True:
-        for event in await mailbox.take():
-            if isinstance(event, Choice):
-                choice = choices[event.index]
-                choice.ids += event.ids
-                choice.scores += event.scores
-                choice.finish_reason, choice.stop_reason = event.finish_reason, event.stop_reason
-            elif isinstance(event, Finished):
-                await _send_json(send, 200, reply.body(choices, event.prompt_scores))
-                return
-            else:
-                raise event
-
-
-def publisher(loop: asyncio.AbstractEventLoop) -> Callable[[list[tuple[Generation, Event]]], None]:
-    """What the scheduler calls with the events of a round: one hand-over to `loop` for all of them."""
-
-    def deliver(events: list[tuple[Generation, Event]]) -> None:
-        for generation, event in events:
-            generation.deliver(event)
-
-    return lambda events: _call_soon(loop, deliver, events)
-
-
-def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[Any], None], argument: Any) -> None:
-    try:
-        loop.call_soon_threadsafe(function, argument)
-    except RuntimeError:
-        log.debug("the event loop is closed; nobody is left to tell")
 
 
 class _Endpoint:
@@ -271,7 +175,7 @@ class _Locked:
             given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
             if not hmac.compare_digest(given, self._expected):
                 error = Unauthorized("The worker's key is missing or wrong: send `Authorization: Bearer KEY`.")
-                await _send_json(send, error.status, orjson.dumps(error.body()))
+                await send_json(send, error.status, orjson.dumps(error.body()))
                 return
         await self._app(scope, receive, send)
 
@@ -290,12 +194,6 @@ async def _read_body(receive: Receive) -> bytes:
         parts.append(part)
         if not message.get("more_body", False):
             return b"".join(parts)
-
-
-async def _send_json(send: Send, status: int, body: bytes) -> None:
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
 
 
 def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -108,22 +108,6 @@ class Sampler:
         return int(ids[min(int(np.searchsorted(cumulative, drawn, side="right")), len(ids) - 1)])
 
 
-def log_probabilities(logits: Logits) -> Logits:
-    """log softmax over the last axis, of the raw logits."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    total = np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)
-    return np.asarray(shifted - np.log(total), dtype=np.float32)
-
-
-def top_ids(values: Logits, count: int) -> npt.NDArray[np.int64]:
-    """The ids of the `count` largest values, largest first, the lower id first among equals."""
-    count = min(count, len(values))
-    if count == 0:
-        return np.empty(0, dtype=np.int64)
-    ids = np.argpartition(-values, count - 1)[:count]
-    return ids[np.lexsort((ids, -values[ids]))]
-
-
 def _largest(weights: npt.NDArray[np.float64], ids: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
     kept = np.argpartition(-weights[ids], count - 1)[:count]
     return np.sort(ids[kept])

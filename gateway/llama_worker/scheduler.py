@@ -17,58 +17,22 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from gateway.errors import EngineUnavailable, ModelNotFound, TunegateError
 from gateway.llama_worker.adapters import Adapters
+from gateway.llama_worker.generation import Event, Finished, Generation, Sequence
 from gateway.llama_worker.metrics import Metrics
 from gateway.llama_worker.native import Adapter, Context, Floats, Model, NativeError
-from gateway.llama_worker.sampling import Sampler, log_probabilities, top_ids
-from gateway.llama_worker.wire import Choice, Completion, Score
+from gateway.llama_worker.sampling import Sampler
+from gateway.llama_worker.scoring import score_rows
+from gateway.llama_worker.wire import Choice
 
 log = logging.getLogger(__name__)
 
 PROMPT_CHUNK = 64
 FAILURES_IN_A_ROW = 3  # then the process gives up: a fresh one is the better cure
-
-
-@dataclass(eq=False)
-class Generation:
-    """A request on its way through the loop. `deliver` is called on the HTTP thread with each event."""
-
-    request: Completion
-    deliver: Callable[[Event], None]
-    adapter: Adapter | None = None
-    places: list[int] = field(default_factory=list)  # sequence ids, one a choice
-    sequences: list[Sequence] = field(default_factory=list)  # those still running
-    computed: int = 0  # prompt positions in the KV
-    prompt_scores: list[Score] = field(default_factory=list)
-    over: bool = False
-
-
-@dataclass(frozen=True)
-class Finished:
-    """Every choice has ended; `prompt_scores` when they were asked for."""
-
-    prompt_scores: list[Score] | None
-
-
-Event = Choice | Finished | TunegateError
-
-
-@dataclass(eq=False)
-class Sequence:
-    """One running choice of a generation."""
-
-    generation: Generation
-    index: int
-    place: int
-    sampler: Sampler
-    position: int  # of the next token to be decoded
-    last_id: int
-    generated: int = 0
 
 
 class Scheduler:
@@ -367,13 +331,3 @@ class Scheduler:
         if self._events:
             events, self._events = self._events, []
             self._publish(events)
-
-
-def score_rows(logits: Floats, ids: list[int], top: int) -> list[Score]:
-    """The raw log-probability, the rank and the `top` likeliest of each row: logits (rows, vocab), ids (rows)."""
-    scores = []
-    for row, token in zip(log_probabilities(logits), ids, strict=True):
-        likeliest = [(int(other), float(row[other])) for other in top_ids(row, top)]
-        rank = int(np.count_nonzero(row > row[token])) + 1
-        scores.append(Score(token, float(row[token]), rank, likeliest))
-    return scores

@@ -16,6 +16,7 @@ import orjson
 
 from gateway.errors import ContextLengthExceeded, RequestError
 from gateway.llama_worker.sampling import Sampling
+from gateway.llama_worker.scoring import Score
 
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
@@ -44,16 +45,6 @@ class Completion:
     prompt_logprobs: int | None
     stream: bool
     include_usage: bool
-
-
-@dataclass(frozen=True)
-class Score:
-    """The raw log-probability of one token, its rank (1 = likeliest) and the likeliest others."""
-
-    token: int
-    logprob: float
-    rank: int
-    top: list[tuple[int, float]]
 
 
 @dataclass

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gateway.llama_worker.native import Context, ContextSize, Model, NativeLog
-from gateway.llama_worker.sampling import log_probabilities
+from gateway.llama_worker.scoring import log_probabilities
 from tests.llama_worker.conftest import SLOW
 from tests.llama_worker.running import RunningWorker, prompt, request, running
 from tests.tiny_gguf import Shape, write_tiny_gguf, write_tiny_lora

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gateway.llama_worker.sampling import Sampler, Sampling, log_probabilities, top_ids
+from gateway.llama_worker.sampling import Sampler, Sampling
+from gateway.llama_worker.scoring import log_probabilities, top_ids
 
 LOGITS = np.log(np.array([0.4, 0.3, 0.15, 0.1, 0.05], dtype=np.float32))
 
