@@ -124,7 +124,7 @@ class Inference:
             raise RateLimited(f"{self._limit} requests are being answered; try again shortly", retry_after_s=1)
         _check_bias(sampling.logit_bias, served.bundle.tokenizer.vocab_size)
         max_tokens = _room(served, ids, sampling.max_tokens, param)
-        readers = [ReplyReader(served.bundle, ids, sampling.stops, raw=raw) for _ in range(sampling.n)]
+        readers = [ReplyReader(served.bundle, sampling.stops, raw=raw) for _ in range(sampling.n)]
         by_text = bool(sampling.stops) or (not raw and bool(served.bundle.stop_strings))
         stop_ids = () if sampling.ignore_eos else served.bundle.stop_ids
         body = _engine_body(served, ids, sampling, max_tokens, stop_ids, stream=stream or by_text)

@@ -10,13 +10,13 @@ from gateway.chat.bundle import Bundle
 class ReplyReader:
     """Reads one reply. The deltas that it returns add up to the same text however the ids were split."""
 
-    __slots__ = ("_control", "_cuts", "_held", "_lead", "_step", "_stops", "_stream", "_tail", "stopped")
+    __slots__ = ("_bytes", "_control", "_cuts", "_decode", "_held", "_lead", "_stops", "_tail", "stopped")
 
-    def __init__(self, bundle: Bundle, prompt_ids: list[int], stops: Sequence[str] = (), *, raw: bool = False) -> None:
+    def __init__(self, bundle: Bundle, stops: Sequence[str] = (), *, raw: bool = False) -> None:
         """`stops` are the client's stop strings. `raw` is for plain completions: nothing of a template is looked for."""
         self._control = bundle.tokenizer.control_id_set
-        self._step = bundle.tokenizer.step
-        self._stream = bundle.tokenizer.stream(prompt_ids)
+        self._bytes = bundle.tokenizer.token_bytes
+        self._decode = bundle.tokenizer.incremental_decoder().decode
         self._lead = "" if raw else bundle.frame.lead
         self._tail = "" if raw else bundle.frame.tail
         self._stops = tuple(stops) if raw else (*stops, *bundle.stop_strings)
@@ -28,18 +28,16 @@ class ReplyReader:
         """The text that can be shown by now; control tokens are not text."""
         if self.stopped:
             return ""
-        step, stream, control = self._step, self._stream, self._control
-        text = ""
-        for token_id in ids:
-            if token_id not in control:
-                text += step(stream, token_id) or ""
+        control, token_bytes = self._control, self._bytes
+        text = self._decode(b"".join([token_bytes(token_id) for token_id in ids if token_id not in control]))
         if self._lead and text:
             text = self._strip_lead(text)
         return self._release(text) if self._cuts else text
 
     def finish(self, *, at_stop: bool) -> str:
         """What was held back: all of it, but for the template's tail when the reply ended at its stop."""
-        held, self._held = self._held, ""
+        rest = self._decode(b"", True)
+        held, self._held = self._held + rest, ""
         if at_stop and self._tail:
             held = held.removesuffix(self._tail)
         return held

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from functools import cached_property
+from typing import Any
 
 import tokenizers
-from tokenizers.decoders import DecodeStream
 
 # Noncharacters: they stand around control-token names inside a message while a template writes its text around them.
 MARK_START, MARK_END = "\ufdd0", "\ufdd1"
+_utf8_decoder = codecs.getincrementaldecoder("utf-8")
 _MARKED = re.compile(f"{MARK_START}(.*?){MARK_END}", re.DOTALL)
 
 
 class Tokenizer:
-    """A `tokenizer.json`. Safe to share between threads: nothing in it changes after construction."""
+    """A `tokenizer.json`. Safe to share between threads: nothing changes after construction but a cache of constants."""
 
     def __init__(self, content: bytes) -> None:
         """`content` is the file's bytes. Raises ValueError when it is not a tokenizer."""
@@ -31,6 +33,8 @@ class Tokenizer:
         self.control_id_set = frozenset(self.control_ids.values())
         longest_first = sorted(self.control_ids, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._is_byte_level = _reads_byte_level(self._json.get("decoder"))
+        self._bytes: dict[int, bytes] = {}  # filled as tokens are met
         self.prefix_ids: list[int] = self._tokenizer.encode("", add_special_tokens=True).ids
 
     @property
@@ -67,30 +71,31 @@ class Tokenizer:
         """Ids of a text that goes on after another: no dummy space is put before it."""
         return self.encode(f"{MARK_START}{MARK_END}{text}")
 
-    def stream(self, prompt_ids: list[int]) -> DecodeStream:
-        """A decoder that yields text as ids come, going on after the prompt's last ids."""
-        return DecodeStream(ids=[i for i in prompt_ids[-8:] if i not in self.control_id_set], skip_special_tokens=False)
-
-    def step(self, stream: DecodeStream, token_id: int) -> str | None:
-        """The text that `token_id` completes; None while a character is not whole yet."""
-        return stream.step(self._tokenizer, token_id)
+    def incremental_decoder(self) -> codecs.IncrementalDecoder:
+        """Joins the bytes of tokens to text; half a character waits, and what is no UTF-8 becomes U+FFFD."""
+        return _utf8_decoder("replace")
 
     def decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=False))
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token stands for, as bytes: it may be part of a character. Unknown ids are empty."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._read_bytes(token_id)
+        return known
+
+    def _read_bytes(self, token_id: int) -> bytes:
         piece = self._tokenizer.id_to_token(token_id)
         if piece is None:
             return b""
         if piece in self.control_ids:
-            return piece.encode()
+            return bytes(piece, "utf-8")
         if self._is_byte_level:
-            table = _byte_level_table()
-            return bytes(table[c] for c in piece) if all(c in table for c in piece) else piece.encode()
-        if len(piece) == 6 and piece.startswith("<0x"):
+            return bytes(map(_BYTE_LEVEL.__getitem__, piece)) if _BYTE_LEVEL.keys() >= set(piece) else piece.encode()
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return bytes([int(piece[3:5], 16)])
-        return piece.replace("▁", " ").encode()
+        return bytes(piece.replace("▁", " "), "utf-8")
 
     def _encode_inside(self, piece: str, tokenizer: tokenizers.Tokenizer) -> list[int]:
         # After a newline, so that SentencePiece puts no dummy space before it; the newline is taken off again.
@@ -105,9 +110,15 @@ class Tokenizer:
         """The same tokenizer without its added tokens: every control token's name is characters to it."""
         return tokenizers.Tokenizer.from_str(json.dumps({**self._json, "added_tokens": [], "post_processor": None}))
 
-    @cached_property
-    def _is_byte_level(self) -> bool:
-        return '"ByteLevel"' in json.dumps(self._json.get("decoder"))
+
+def _reads_byte_level(decoder: Any) -> bool:
+    """Whether pieces are written in GPT-2's alphabet of bytes (True) or SentencePiece's (False). Raises ValueError."""
+    written = json.dumps(decoder)
+    if '"ByteLevel"' in written:
+        return True
+    if '"ByteFallback"' in written or '"Metaspace"' in written or "\\u2581" in written:
+        return False
+    raise ValueError(f"its decoder is of a kind that is not supported yet: {written[:200]}")
 
 
 def _byte_level_table() -> dict[str, int]:
@@ -116,3 +127,6 @@ def _byte_level_table() -> dict[str, int]:
     table = {chr(byte): byte for byte in printable}
     rest = [byte for byte in range(256) if byte not in set(printable)]
     return table | {chr(0x100 + number): byte for number, byte in enumerate(rest)}
+
+
+_BYTE_LEVEL = _byte_level_table()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -127,7 +128,7 @@ def test_prompt_of_each_turn_is_what_serving_sends_and_the_span_ends_at_the_stop
         end = start + trained[start:].index(False) if False in trained[start:] else len(trained)
         assert sequence.ids[end - 1] == bundle.stop_ids[0]
         assert sequence.labels[start:end] == sequence.ids[start:end]
-        reader = ReplyReader(bundle, prompt)
+        reader = ReplyReader(bundle)
         shown = reader.feed(sequence.ids[start:end]) + reader.finish(at_stop=True)
         assert shown == messages[turn].content
     assert sum(trained) == sum(label != IGNORED for label in sequence.labels)
@@ -192,9 +193,9 @@ def test_replies_read_back_as_they_were_however_the_ids_are_split(template: str,
     (sequence,) = render_example(bundle, messages, 4096)
     prompt = render_prompt(bundle, messages[:1]).ids
     ids = sequence.ids[len(prompt) :]
-    whole = ReplyReader(bundle, prompt)
+    whole = ReplyReader(bundle)
     expected = whole.feed(ids) + whole.finish(at_stop=True)
-    reader, text, at = ReplyReader(bundle, prompt), io.StringIO(), 0
+    reader, text, at = ReplyReader(bundle), io.StringIO(), 0
     for cut in sorted(splits):
         text.write(reader.feed(ids[at : max(at, cut)]))
         at = max(at, cut)
@@ -210,10 +211,30 @@ def test_replies_read_back_as_they_were_however_the_ids_are_split(template: str,
 def test_a_stop_string_cuts_the_reply_wherever_the_ids_are_split(text: str, stop: str, width: int) -> None:
     bundle = bundle_for("chatml")
     ids = bundle.tokenizer.encode(text + stop + "rest")
-    reader, shown = ReplyReader(bundle, [], [stop], raw=True), ""
+    reader, shown = ReplyReader(bundle, [stop], raw=True), ""
     for at in range(0, len(ids), width):
         shown += reader.feed(ids[at : at + width])
     shown += reader.finish(at_stop=reader.stopped)
     whole = bundle.tokenizer.decode(ids)
     assert reader.stopped
     assert shown == whole[: whole.index(stop)]
+
+
+@pytest.mark.parametrize("tokenizer", [sentencepiece_like, byte_level])
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_any_ids_at_all_are_read_and_valid_text_reads_as_the_tokenizer_decodes_it(
+    tokenizer: Callable[[], bytes], data: st.DataObject
+) -> None:
+    bundle = make_bundle("vicuna_v1.1" if tokenizer is sentencepiece_like else "chatml", tokenizer(), [2])
+    ids = data.draw(st.lists(st.integers(0, bundle.tokenizer.vocab_size + 5), max_size=30))
+    reader = ReplyReader(bundle, raw=True)
+    split = "".join(reader.feed([token_id]) for token_id in ids) + reader.finish(at_stop=False)
+    again = ReplyReader(bundle, raw=True)
+    assert again.feed(ids) + again.finish(at_stop=False) == split
+    text = data.draw(words)
+    ids = bundle.tokenizer.encode(text)
+    reader = ReplyReader(bundle, raw=True)
+    shown = reader.feed(ids) + reader.finish(at_stop=False)
+    if not set(ids) & bundle.tokenizer.control_id_set:
+        assert shown.removeprefix(" ") == bundle.tokenizer.decode(ids).removeprefix(" ")

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from openai import OpenAI
 
 from tests.conftest import ALIAS
 from tests.server import Server
@@ -168,7 +169,9 @@ def test_plain_completions_take_texts_and_ids_and_echo(server: Server) -> None:
     assert echoed.choices[0].text == "The day" + plain.choices[0].text
     assert plain.choices[0].logprobs is not None
     assert len(plain.choices[0].logprobs.tokens or []) == len(plain.choices[0].logprobs.top_logprobs or [])
-    stream = client.completions.create(model=ALIAS, prompt="The day", max_tokens=4, temperature=0, stream=True)
+    # The strict SDK takes no null finish_reason in a plain completion's chunk, though OpenAI's own streams are full of them.
+    loose = OpenAI(base_url=server.base_url, api_key="unused", max_retries=0)
+    stream = loose.completions.create(model=ALIAS, prompt="The day", max_tokens=4, temperature=0, stream=True)
     assert "".join(chunk.choices[0].text for chunk in stream) == plain.choices[0].text
     ids = client.completions.create(model="tunegate-demo", prompt=[1, 300, 301], max_tokens=2)
     assert ids.usage is not None
