@@ -176,6 +176,7 @@ def write_job(
     max_length: int = 256,
     hyperparameters: Hyperparameters | None = None,
     lora: Lora | None = None,
+    threads: int = 1,
 ) -> JobDir:
     """A job directory as the gateway makes it, on a prepared base."""
     job = JobDir(folder)
@@ -193,7 +194,7 @@ def write_job(
         training_file=_pinned(job, training),
         validation_file=_pinned(job, validation) if validation else None,
         seed=seed,
-        threads=1,
+        threads=threads,
         max_length=max_length,
         template_digest=bundle.digest,
         hyperparameters=hyperparameters or Hyperparameters(),

@@ -60,10 +60,19 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
+        target_modules=target_modules(model, lora.target_modules),
         bias="none",
     )
     return get_peft_model(model, config)
+
+
+def target_modules(model: PreTrainedModel, asked: str) -> list[str]:
+    """The modules' last names, in order: "all-linear" is every linear layer but the LM head; else a list with commas."""
+    if asked != "all-linear":
+        return sorted(name.strip() for name in asked.split(","))
+    head = model.get_output_embeddings()
+    linear = (name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and part is not head)
+    return sorted({name.rpartition(".")[2] for name in linear})
 
 
 def base_learning_rate(hidden_size: int) -> float:

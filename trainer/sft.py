@@ -57,7 +57,9 @@ def train(run: Run, progress: Progress) -> Witness:
     for folder in (run.job.checkpoints, served_checkpoints(run.job)):
         folder.mkdir(exist_ok=True)
         sweep(folder)
-    witness = Witness(run.validation or run.training, run.model)  # before the first step: the base's view of it
+    witness = Witness(
+        run.validation or run.training, run.model, run.spec.max_length
+    )  # before the first step: the base's view of it
     trainer = SupervisedTrainer(run, witness, progress)
     newest = newest_checkpoint(run.job)
     if newest is not None:
