@@ -29,6 +29,7 @@ CHUNK_BYTES = 1 << 20
 RETRY_AFTER_S = 30
 DISK_FAULTS = {
     errno.ENOSPC: "its disk is full",
+    errno.EFBIG: "it may not write files of this size",
     errno.EDQUOT: "its disk quota is used up",
     errno.EIO: "its disk reports an input/output error",
     errno.EROFS: "its disk is mounted read-only",

@@ -134,11 +134,12 @@ class Store:
                 for write in writes:
                     outcomes.append(_run(connection, write.fn))
         except Exception as error:  # the writer must outlive any failure, and nobody may wait for ever
-            failure = _translate(error) if isinstance(error, DBAPIError) else error
-            logger.error("A transaction of %d write(s) failed: %s", len(writes), failure, exc_info=error)
-            for write in writes:
-                # an instance each: a raised exception carries its caller's traceback
-                write.future.set_exception(_copy(failure, error))
+            logger.error("A transaction of %d write(s) failed", len(writes), exc_info=error)
+            reason = unavailable_reason(error) if isinstance(error, DBAPIError) else None
+            for write in writes:  # an instance each: a raised exception carries its caller's traceback
+                failure = _unavailable(reason or "its transaction failed")
+                failure.__cause__ = error
+                write.future.set_exception(failure)
             return
         for write, outcome in zip(writes, outcomes, strict=True):
             if outcome.error is not None:
@@ -185,10 +186,13 @@ def _in_transaction(connection: Connection) -> bool:
 def _translate(error: DBAPIError) -> Exception:
     """`StoreUnavailable` where trying later may help; the error itself where the statement is at fault."""
     reason = unavailable_reason(error)
-    if reason is None:
-        return error
+    return error if reason is None else _unavailable(reason)
+
+
+def _unavailable(reason: str) -> StoreUnavailable:
     return StoreUnavailable(
-        f"The database did not take this: {reason}. Nothing was stored; try again.", retry_after_s=RETRY_AFTER_S
+        f"The database did not serve this request: {reason}. Nothing was stored; try again.",
+        retry_after_s=RETRY_AFTER_S,
     )
 
 
@@ -199,13 +203,3 @@ def unavailable_reason(error: DBAPIError) -> str | None:
     if error.connection_invalidated or isinstance(error, OperationalError | InterfaceError):
         return "the database server cannot be reached"
     return None
-
-
-def _copy(failure: Exception, cause: Exception) -> Exception:
-    if not isinstance(failure, StoreUnavailable):
-        failure = StoreUnavailable(
-            "The database did not take this: the transaction failed. Nothing was stored; try again.",
-        )
-    copy = StoreUnavailable(failure.message, retry_after_s=RETRY_AFTER_S)
-    copy.__cause__ = cause
-    return copy
