@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
+import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +26,8 @@ from gateway.errors import SettingsError
 from gateway.jobdir import read_json, write_json
 
 SOURCE_FILE = "source.json"
+LOCK_PREFIX = ".lock-"
+LOCK_TIMEOUT_S = 1800.0
 SOURCE_PATTERNS = ("*.safetensors", "*.json", "tokenizer.model", "*.gguf")
 KEPT_LINES = 20
 LINE_LIMIT_BYTES = 1 << 20
@@ -41,10 +46,6 @@ class PreparedBase:
     template: str
     eos_token_ids: tuple[int, ...]
 
-    def bundle_files(self) -> dict[str, bytes]:
-        """What `gateway.chat`'s Bundle is made from. Blocks."""
-        return {name: (self.path / name).read_bytes() for name in ("template.json", "tokenizer.json")}
-
 
 async def prepare(
     name: str, source: Path, template: str, out: Path, on_progress: Callable[[str], None] | None = None
@@ -55,9 +56,13 @@ async def prepare(
     """
     wanted = await asyncio.to_thread(_fingerprint, name, source, template)
     if not await asyncio.to_thread(_is_current, out, wanted):
-        await asyncio.to_thread(_sweep, out)
-        await _run(name, source, template, out, on_progress or (lambda line: None))
-        await asyncio.to_thread(write_json, out / SOURCE_FILE, wanted)
+        lock = await asyncio.to_thread(_lock, out)
+        try:
+            await asyncio.to_thread(_sweep, out)
+            await _run(name, source, template, out, on_progress or (lambda line: None), lock)
+            await asyncio.to_thread(write_json, out / SOURCE_FILE, wanted)
+        finally:
+            os.close(lock)
     return await asyncio.to_thread(read_base, out)
 
 
@@ -102,13 +107,16 @@ def _is_current(out: Path, wanted: dict[str, Any]) -> bool:
         return False
 
 
-async def _run(name: str, source: Path, template: str, out: Path, on_progress: Callable[[str], None]) -> None:
+async def _run(
+    name: str, source: Path, template: str, out: Path, on_progress: Callable[[str], None], lock: int
+) -> None:
     process = await asyncio.create_subprocess_exec(
         *_command(name, source, template, out),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
         limit=LINE_LIMIT_BYTES,
+        pass_fds=(lock,),  # it holds the lock too: should this gateway be killed, the next one waits for the end of it
         cwd=Path(gateway.__file__).parent.parent,
     )
     assert process.stdout is not None
@@ -133,8 +141,23 @@ def _command(name: str, source: Path, template: str, out: Path) -> list[str]:
     return [*command, "--source", str(source.absolute()), "--out", str(out.absolute())]
 
 
-def _sweep(out: Path) -> None:
-    """What a killed preparation left beside; and the folder that the new one goes into."""
+def _lock(out: Path) -> int:
+    """A descriptor that keeps others from preparing `out`. Waits for a preparation that a killed gateway left behind."""
     out.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(out.with_name(f"{LOCK_PREFIX}{out.name}"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + LOCK_TIMEOUT_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(fd)
+                raise SettingsError(f"{out} has been prepared by another process for {LOCK_TIMEOUT_S:g} s") from None
+            time.sleep(0.1)
+
+
+def _sweep(out: Path) -> None:
+    """Removes what a killed preparation left beside."""
     for path in out.parent.glob(f".{out.name}.*"):
         shutil.rmtree(path, ignore_errors=True)

@@ -126,6 +126,9 @@ class WorkerProcess:
                 await self._serve(self._handle, endpoint, version)
             except (WorkerFailed, OSError) as error:
                 await self._back_off(str(error))
+            except Exception as error:  # the boundary to another process: whatever it was, the base is to be served
+                log.exception("engine %s", self.spec.served_name)
+                await self._back_off(f"cannot be run: {error!r}")
             adopt = False
 
     async def _take_over(self) -> ProcessHandle | None:

@@ -11,12 +11,14 @@ gateway works on the same folder.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
 import secrets
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +88,13 @@ class WorkerFolder:
                 cwd=Path(gateway.__file__).parent.parent,
             )
         handle = ProcessHandle.of_child(child)
-        write_json(self.spawn_record, {"pid": handle.pid, "start_time": handle.start_time, "spec": spec.fingerprint()})
+        try:
+            write_json(self.spawn_record, self._record(handle.pid, handle.start_time, spec))
+        except OSError:  # a full disk: a worker that nobody would find again must not stay
+            child.kill()
+            child.wait()
+            handle.close()
+            raise
         return handle
 
     def find_worker(self, spec: WorkerSpec) -> tuple[ProcessHandle | None, list[ProcessHandle]]:
@@ -96,13 +104,13 @@ class WorkerFolder:
         record = _read_object(self.spawn_record)
         recorded = _open_recorded(record)
         if recorded is not None:
-            if record.get("spec") == spec.fingerprint():
+            if record == self._record(recorded.pid, recorded.start_time, spec):
                 adoptable = recorded
             else:
                 leftovers.append(recorded)
         # A gateway killed between the fork and spawn.json leaves a worker that only its command line tells of.
-        for pid in self._pids_by_command_line():
-            if recorded is None or pid != recorded.pid:
+        for pid in _session_leaders():
+            if (recorded is None or pid != recorded.pid) and _is_told_to_write(pid, str(self.ready_file)):
                 handle = ProcessHandle.open(pid, process_start_time(pid) or -1)
                 if handle is not None:
                     leftovers.append(handle)
@@ -131,6 +139,9 @@ class WorkerFolder:
         kept = [line.strip() for line in text.splitlines() if line.strip()][-lines:]
         return "".join(c if c.isprintable() else "?" for c in " | ".join(kept))
 
+    def _record(self, pid: int, start_time: int, spec: WorkerSpec) -> dict[str, Any]:
+        return {"pid": pid, "start_time": start_time, "ready_file": str(self.ready_file), "spec": spec.fingerprint()}
+
     def _argv(self, spec: WorkerSpec) -> list[str]:
         argv = [*spec.command, "--model", str(spec.model), "--served-name", spec.served_name]
         argv += ["--key-file", str(self.key), "--ready-file", str(self.ready_file), "--max-seqs", str(spec.max_seqs)]
@@ -153,29 +164,38 @@ class WorkerFolder:
         except FileNotFoundError:
             pass
 
-    def _pids_by_command_line(self) -> list[int]:
-        wanted = [b"--ready-file", os.fsencode(self.ready_file)]
-        found = []
-        for entry in Path("/proc").iterdir():
-            if not entry.name.isdigit():
-                continue
-            try:
-                argv = (entry / "cmdline").read_bytes().split(b"\0")
-                # Only one that leads its session is a worker itself; a child that it forked shows the same words.
-                if any(argv[i : i + 2] == wanted for i in range(len(argv))) and os.getsid(int(entry.name)) == int(
-                    entry.name
-                ):
-                    found.append(int(entry.name))
-            except (OSError, ValueError):
-                continue  # gone, or another user's
-        return found
-
 
 def _open_recorded(record: dict[str, Any]) -> ProcessHandle | None:
-    pid, start_time = record.get("pid"), record.get("start_time")
-    if type(pid) is not int or type(start_time) is not int or pid <= 1:
+    """The recorded worker while it lives.
+
+    Its command line is looked at too: after a reboot a stranger may have the same pid and the same start time.
+    """
+    pid, start_time, ready_file = record.get("pid"), record.get("start_time"), record.get("ready_file")
+    if type(pid) is not int or type(start_time) is not int or not isinstance(ready_file, str) or pid <= 1:
         return None
-    return ProcessHandle.open(pid, start_time)
+    handle = ProcessHandle.open(pid, start_time)
+    if handle is not None and not _is_told_to_write(pid, ready_file):
+        handle.close()
+        return None
+    return handle
+
+
+def _session_leaders() -> Iterator[int]:
+    """Workers are spawned as such; a child that one forks is none, though it shows the same command line."""
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and os.getsid(int(entry.name)) == int(entry.name):
+                yield int(entry.name)
+        except ProcessLookupError:
+            continue
+
+
+def _is_told_to_write(pid: int, ready_file: str) -> bool:
+    try:
+        argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:  # gone, or another user's
+        return False
+    return (b"--ready-file", os.fsencode(ready_file)) in itertools.pairwise(argv)
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,14 @@ class WitnessMismatch(AdapterRejected):
 
 @dataclass(frozen=True)
 class Tolerances:
-    """How far an engine may be from the trainer; see `tests/bench/witness_margins.py` for what they were set by."""
+    """How far an engine may be from the trainer; `tests/bench/witness_margins.py` shows what they were set by."""
 
-    relative_error: float = 0.3  # ‖Δ engine − Δ trainer‖ / ‖Δ trainer‖ over all reply tokens
     base_error: float = 0.25  # mean |engine − trainer| of the base's own log-probabilities, nats
-    noise: float = 0.05  # root mean square of Δ below which an adapter does nothing that can be measured, nats
+    relative_error: float = 0.1  # of the effect's size …
+    noise_factor: float = 2.0  # … and so many times the engine's own rounding, as its scores of the base show it
+    floor: float = 0.01  # nats
+    scale_error: float = 0.1  # how far from 1 the factor between the two effects may be
+    measurable: float = 3.0  # an effect of fewer times the rounding (or of fewer than 2 floors) proves little
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,15 @@ class WitnessItem:
 
 @dataclass(frozen=True)
 class WitnessReport:
-    """What was compared. `warning` is set for an adapter that changes nothing measurable."""
+    """What was compared, in nats a token (root mean square, but for `base_error`: mean). `warning`: it proves little."""
 
     items: int
     tokens: int
-    relative_error: float
-    base_error: float  # mean |Δ|, nats
-    effect: float  # root mean square of the trainer's tuned − base, nats
-    scale: float  # least-squares factor between the engine's effect and the trainer's: 1.0 when all is well
+    effect: float  # of the adapter, as the trainer saw it: tuned − base
+    error: float  # of the engine's effect against the trainer's
+    noise: float  # of the engine's base against the trainer's
+    base_error: float
+    scale: float | None  # least-squares factor between the engine's effect and the trainer's; None without any effect
     warning: str | None = None
 
 
@@ -96,37 +100,47 @@ def compare(
     if not all(math.isfinite(value) for value in (*base, *tuned)):
         raise WitnessMismatch("the engine's log-probabilities of the witness are not all finite numbers")
 
-    base_error = sum(abs(got - want) for got, want in zip(base, expected_base, strict=True)) / count
+    off = [got - want for got, want in zip(base, expected_base, strict=True)]
     wanted = [after - before for before, after in zip(expected_base, expected_tuned, strict=True)]
     got = [after - before for before, after in zip(base, tuned, strict=True)]
-    difference = [a - b for a, b in zip(got, wanted, strict=True)]
-    norm = math.sqrt(math.fsum(value * value for value in wanted))
-    effect = norm / math.sqrt(count)
-    relative_error = math.sqrt(math.fsum(value * value for value in difference)) / norm if norm else math.inf
-    scale = math.fsum(a * b for a, b in zip(got, wanted, strict=True)) / norm**2 if norm else math.nan
-    report = WitnessReport(len(items), count, relative_error, base_error, effect, scale)
-
-    if base_error > tolerances.base_error:
-        raise WitnessMismatch(
-            f"the base itself answers otherwise than in training: its log-probabilities differ by {base_error:.3f} nats "
-            f"on average, {tolerances.base_error} are allowed; is it the same base, quantised the same way?"
-        )
-    if effect < tolerances.noise:
-        engine_effect = math.sqrt(math.fsum(value * value for value in got) / count)
-        if engine_effect > effect + 2 * tolerances.noise:
-            raise WitnessMismatch(
-                f"the adapter did next to nothing in training ({effect:.4f} nats), but {engine_effect:.4f} nats here"
-            )
-        return WitnessReport(
-            **{**vars(report), "warning": f"the adapter changes next to nothing ({effect:.4f} nats a token)"}
-        )
-    if relative_error > tolerances.relative_error:
-        raise WitnessMismatch(
-            f"the adapter does something else here than in training: its effect differs by {relative_error:.0%} of its "
-            f"size, {tolerances.relative_error:.0%} are allowed ({scale:.2f} times as strong; a factor near 1 points to "
-            "the weights' order or another base, another factor to alpha)"
-        )
+    effect = _root_mean_square(wanted)
+    report = WitnessReport(
+        items=len(items),
+        tokens=count,
+        effect=effect,
+        error=_root_mean_square([a - b for a, b in zip(got, wanted, strict=True)]),
+        noise=_root_mean_square(off),
+        base_error=math.fsum(map(abs, off)) / count,
+        scale=math.fsum(a * b for a, b in zip(got, wanted, strict=True)) / (effect**2 * count) if effect else None,
+    )
+    _judge(report, tolerances)
+    if effect < max(tolerances.measurable * report.noise, 2 * tolerances.floor):
+        little = f"the adapter changes next to nothing: {effect:.4f} nats a token, with {report.noise:.4f} of rounding"
+        return replace(report, warning=little)
     return report
+
+
+def _judge(report: WitnessReport, allowed: Tolerances) -> None:
+    if report.base_error > allowed.base_error:
+        raise WitnessMismatch(
+            f"the base itself answers otherwise than in training: its log-probabilities are off by {report.base_error:.3f} "
+            f"nats on average, {allowed.base_error} are allowed; is it the same base, quantised the same way?"
+        )
+    limit = allowed.relative_error * report.effect + allowed.noise_factor * report.noise + allowed.floor
+    # A wrong strength shows in the factor even where the error drowns in the rounding, which is no factor.
+    doubt = 4 * report.noise / (report.effect * math.sqrt(report.tokens)) if report.effect else math.inf
+    scale_is_off = report.scale is not None and abs(report.scale - 1) > allowed.scale_error + doubt
+    if report.error > limit or (scale_is_off and report.effect > 2 * allowed.floor):
+        scale = "" if report.scale is None else f", and is {report.scale:.2f} times as strong"
+        raise WitnessMismatch(
+            f"the adapter does something else here than in training: its effect of {report.effect:.3f} nats a token is off by "
+            f"{report.error:.3f}{scale}; up to {limit:.3f} is rounding (a factor far from 1 points to alpha, else to the "
+            "order of the weights or to another base)"
+        )
+
+
+def _root_mean_square(values: Sequence[float]) -> float:
+    return math.sqrt(math.fsum(value * value for value in values) / len(values))
 
 
 def read_witness(path: Path) -> list[WitnessItem]:

@@ -6,7 +6,8 @@ import asyncio
 import json
 import struct
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ QUICK = Timings(
     backoff_max_s=0.4,
     stop_grace_s=6,
 )
-ANYTHING_GOES = Tolerances(relative_error=1e9, base_error=1e9)
+ANYTHING_GOES = Tolerances(base_error=1e9, relative_error=1e9, floor=1e9)
 
 
 def tiny_base(folder: Path, seed: int = 0) -> PreparedBase:
@@ -125,9 +126,15 @@ def with_other_weights(adapter: Adapter, folder: Path, base: PreparedBase, **opt
 
 
 async def score(endpoint: Endpoint, model: str, ids: list[int]) -> list[float | None]:
+    async with control_of(endpoint) as control:
+        return await control.score(model, ids)
+
+
+@asynccontextmanager
+async def control_of(endpoint: Endpoint) -> AsyncIterator[EngineControl]:
     control = EngineControl(endpoint)
     try:
-        return await control.score(model, ids)
+        yield control
     finally:
         await control.close()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -22,7 +24,6 @@ async def test_a_base_is_prepared_once_and_read_the_second_time(tmp_path: Path) 
     base = await prepare("org/tiny:1", source, "vicuna_v1.1", tmp_path / "bases/tiny", lines.append)
     assert base.name == "org/tiny:1" and base.context_length == 256 and base.eos_token_ids == (2,)
     assert base.digest == file_digest(base.gguf) and base.template == "vicuna_v1.1" and lines
-    assert set(base.bundle_files()) == {"template.json", "tokenizer.json"}
     written_at = base.gguf.stat().st_mtime_ns
     assert await prepare("org/tiny:1", source, "vicuna_v1.1", tmp_path / "bases/tiny") == base
     assert base.gguf.stat().st_mtime_ns == written_at
@@ -46,7 +47,7 @@ async def test_what_a_killed_preparation_left_is_swept(tmp_path: Path) -> None:
     out.mkdir()
     (out / "config.json").write_text("{}")
     base = await prepare("tiny", source, "vicuna_v1.1", out)
-    assert base.gguf.is_file() and [path.name for path in out.parent.iterdir()] == ["tiny"]
+    assert base.gguf.is_file() and sorted(path.name for path in out.parent.iterdir()) == [".lock-tiny", "tiny"]
 
 
 @pytest.mark.parametrize("what", ["nothing", "a broken config", "an unknown architecture", "an unknown template"])
@@ -67,3 +68,15 @@ async def test_a_source_that_cannot_be_prepared_is_named_and_leaves_nothing(tmp_
 def test_a_folder_that_is_no_prepared_base_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="remove the folder"):
         read_base(tmp_path)
+
+
+async def test_a_preparation_that_a_killed_gateway_left_is_waited_for(tmp_path: Path) -> None:
+    source, out = write_tiny_model(tmp_path / "source"), tmp_path / "bases/tiny"
+    out.parent.mkdir()
+    held = os.open(out.parent / ".lock-tiny", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    preparing = asyncio.create_task(prepare("tiny", source, "vicuna_v1.1", out))
+    await asyncio.sleep(0.5)
+    assert not preparing.done() and not out.exists()
+    os.close(held)
+    assert (await preparing).gguf.is_file()

@@ -181,15 +181,16 @@ async def test_a_worker_whose_key_was_lost_is_replaced(tmp_path: Path) -> None:
         assert second.pid != pid and not is_alive(pid)
 
 
-@pytest.mark.parametrize("record", ["spawn.json", "ready.json", "both"])
-async def test_a_stranger_who_has_the_pid_now_is_not_touched(tmp_path: Path, record: str) -> None:
+@pytest.mark.parametrize("also", [(), ("start_time",)])
+async def test_a_stranger_who_has_the_pid_now_is_not_touched(tmp_path: Path, also: tuple[str, ...]) -> None:
     async with running(tmp_path) as first:
         await first.wait_ready(30)
     stranger = await asyncio.create_subprocess_exec("sleep", "600")
     try:
-        for name in ("spawn.json", "ready.json") if record == "both" else (record,):
+        of_the_stranger = {"pid": stranger.pid} | {name: process_start_time(stranger.pid) for name in also}
+        for name in ("spawn.json", "ready.json"):
             path = tmp_path / "engine" / name
-            write_json(path, read_json(path) | {"pid": stranger.pid})
+            write_json(path, read_json(path) | of_the_stranger)
         async with running(tmp_path) as engine:
             await engine.wait_ready(30)
             assert engine.pid != stranger.pid
@@ -197,6 +198,19 @@ async def test_a_stranger_who_has_the_pid_now_is_not_touched(tmp_path: Path, rec
     finally:
         stranger.kill()
         await stranger.wait()
+
+
+async def test_a_worker_whose_folder_was_moved_is_ended_and_replaced(tmp_path: Path) -> None:
+    async with running(tmp_path) as first:
+        await first.wait_ready(30)
+        pid = first.pid
+        await first.stop(keep_process=True)
+    assert pid is not None
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "engine").rename(tmp_path / "elsewhere/engine")
+    async with running(tmp_path / "elsewhere") as second:
+        await second.wait_ready(30)
+        assert second.pid != pid and not is_alive(pid)
 
 
 @pytest.mark.parametrize(
