@@ -110,6 +110,11 @@ class Supervisor:
             self._wake.set()
         return job
 
+    @property
+    def busy(self) -> bool:
+        """Whether a job is being driven: its files checked, its trainer followed, its model published."""
+        return bool(self._drives)
+
     # in the order of its life
 
     async def start(self) -> None:
