@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.errors import Forbidden, MethodNotAllowed, Misdirected, NotFound, RequestError, TunegateError
+from gateway.errors import BodyTooLarge, Forbidden, MethodNotAllowed, Misdirected, NotFound, RequestError, TunegateError
 from gateway.house import House
 from gateway.routes import chat, completions, files, fine_tuning, health, models
 from gateway.routes.body import ClientLeft
@@ -115,6 +115,8 @@ def _is_local(authority: bytes) -> bool:
 
 def _response(error: TunegateError) -> Response:
     headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    if isinstance(error, BodyTooLarge):
+        headers["Connection"] = "close"  # else the rest of the body would be read and thrown away, however long it is
     return Response(orjson.dumps(error.body()), error.status, headers, "application/json")
 
 
