@@ -33,8 +33,8 @@ class Adapters:
         self._leaving: dict[str, Adapter] = {}
 
     def names(self) -> dict[str, Path]:
-        """The names that requests may use, and where each came from."""
-        return {name: path for name, (_, path) in self._loaded.items()}
+        """The names that requests may use, and where each came from. For any thread."""
+        return {name: path for name, (_, path) in list(self._loaded.items())}  # a copy: the other thread may add one
 
     def get(self, name: str) -> Adapter | None:
         """The adapter of a name, or None when there is none (any more)."""

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 Logits = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
 
 GREEDY_BELOW = 1e-5  # a temperature under this is 0, as in vLLM
-FIRST_CANDIDATES = 256  # top_p looks at so many of the largest first, and at all only if they do not reach it
 
 
 @dataclass(frozen=True)
@@ -93,32 +93,37 @@ class Sampler:
         sampling = self.sampling
         if sampling.temperature < GREEDY_BELOW:
             return int(logits.argmax())
-        scaled = logits.astype(np.float64) / sampling.temperature
-        weights = np.exp(scaled - scaled.max())  # largest = 1, so min_p is a plain threshold
-        ids = np.arange(len(weights))
-        if sampling.min_p > 0:
-            ids = ids[weights >= sampling.min_p]
+        weights = np.exp(
+            (logits - logits.max()) / np.float32(sampling.temperature)
+        )  # largest = 1: min_p is a threshold
+        if sampling.min_p == 0 and sampling.top_k == 0 and sampling.top_p == 1:
+            return self._draw(weights)
+        ids = np.flatnonzero(weights >= np.float32(sampling.min_p))
         if 0 < sampling.top_k < len(ids):
             ids = _largest(weights, ids, sampling.top_k)
         if sampling.top_p < 1:
             ids = _nucleus(weights, ids, sampling.top_p)
-        cumulative = np.cumsum(weights[ids])
+        return int(ids[self._draw(weights[ids])])
+
+    def _draw(self, weights: Logits) -> int:
+        cumulative = np.cumsum(weights, dtype=np.float64)
         drawn = self._random.random() * cumulative[-1]
         # `drawn` may round up to the last border itself.
-        return int(ids[min(int(np.searchsorted(cumulative, drawn, side="right")), len(ids) - 1)])
+        return min(int(np.searchsorted(cumulative, drawn, side="right")), len(weights) - 1)
 
 
-def _largest(weights: npt.NDArray[np.float64], ids: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
-    kept = np.argpartition(-weights[ids], count - 1)[:count]
+def _largest(weights: Logits, ids: Ids, count: int) -> Ids:
+    kept = np.argpartition(weights[ids], len(ids) - count)[-count:]
     return np.sort(ids[kept])
 
 
-def _nucleus(weights: npt.NDArray[np.float64], ids: npt.NDArray[np.int64], top_p: float) -> npt.NDArray[np.int64]:
+def _nucleus(weights: Logits, ids: Ids, top_p: float) -> Ids:
     """The fewest of `ids` whose weights reach `top_p` of their sum; at least one."""
-    wanted = top_p * weights[ids].sum()
-    candidates = _largest(weights, ids, FIRST_CANDIDATES) if len(ids) > FIRST_CANDIDATES else ids
-    if candidates is not ids and weights[candidates].sum() < wanted:
-        candidates = ids
-    ordered = candidates[np.argsort(-weights[candidates], kind="stable")]
-    reached = int(np.searchsorted(np.cumsum(weights[ordered]), wanted, side="left"))
-    return ordered[: max(1, reached + 1)]
+    mine = weights[ids]
+    total = float(mine.sum(dtype=np.float64))
+    # All that weigh less than this share weigh less than 1 - top_p together, so they are not in it: less to sort.
+    candidates = mine >= (1 - top_p) * total / len(mine)
+    ids, mine = ids[candidates], mine[candidates]
+    order = np.argsort(-mine, kind="stable")
+    reached = int(np.searchsorted(np.cumsum(mine[order], dtype=np.float64), top_p * total, side="left"))
+    return ids[order[: reached + 1]]

@@ -103,7 +103,7 @@ class Scheduler:
         return bool(self._waiting or self._filling or self._running)
 
     def _take_commands(self) -> None:
-        if not self._busy:
+        if not self._busy and self._stop_at is None:
             self._inbox.get()()
         while True:
             try:
@@ -126,8 +126,8 @@ class Scheduler:
 
     def _drop(self, generation: Generation) -> None:
         if not generation.over:
+            self._metrics.finished.labels("cancelled").inc(len(generation.places) or generation.request.n)
             self._release(generation)
-            self._metrics.finished.labels("cancelled").inc(generation.request.n)
         if not self._busy:
             self._free_withdrawn()
             self._flush()
@@ -291,8 +291,8 @@ class Scheduler:
 
     def _fail(self, generations: list[Generation], error: TunegateError) -> None:
         for generation in generations:
+            self._metrics.finished.labels("error").inc(len(generation.places) or generation.request.n)
             self._release(generation)
-            self._metrics.finished.labels("error").inc(generation.request.n)
             self._events.append((generation, error))
 
     def _native_failure(self, generations: list[Generation], error: NativeError) -> None:

@@ -23,18 +23,12 @@ class Score:
 def score_rows(logits: Logits, ids: list[int], top: int) -> list[Score]:
     """The raw log-probability, the rank and the `top` likeliest of each row: logits (rows, vocab), ids (rows)."""
     scores = []
-    for row, token in zip(log_probabilities(logits), ids, strict=True):
-        likeliest = [(int(other), float(row[other])) for other in top_ids(row, top)]
+    for row, token in zip(logits, ids, strict=True):
+        total = _log_sum_exp(row)
+        likeliest = [(int(other), float(row[other]) - total) for other in top_ids(row, top)]
         rank = int(np.count_nonzero(row > row[token])) + 1
-        scores.append(Score(token, float(row[token]), rank, likeliest))
+        scores.append(Score(token, float(row[token]) - total, rank, likeliest))
     return scores
-
-
-def log_probabilities(logits: Logits) -> Logits:
-    """log softmax over the last axis, of the raw logits."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    total = np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)
-    return np.asarray(shifted - np.log(total), dtype=np.float32)
 
 
 def top_ids(values: Logits, count: int) -> npt.NDArray[np.int64]:
@@ -42,5 +36,10 @@ def top_ids(values: Logits, count: int) -> npt.NDArray[np.int64]:
     count = min(count, len(values))
     if count == 0:
         return np.empty(0, dtype=np.int64)
-    ids = np.argpartition(-values, count - 1)[:count]
+    ids = np.argpartition(values, len(values) - count)[-count:]
     return ids[np.lexsort((ids, -values[ids]))]
+
+
+def _log_sum_exp(row: Logits) -> float:
+    largest = row.max()
+    return float(largest) + float(np.log(np.exp(row - largest).sum(dtype=np.float64)))

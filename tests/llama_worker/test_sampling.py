@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gateway.llama_worker.sampling import Sampler, Sampling
-from gateway.llama_worker.scoring import log_probabilities, top_ids
+from gateway.llama_worker.scoring import score_rows, top_ids
 
 LOGITS = np.log(np.array([0.4, 0.3, 0.15, 0.1, 0.05], dtype=np.float32))
 
@@ -32,6 +32,7 @@ def test_plain_sampling_follows_the_probabilities() -> None:
         ({"top_p": 0.39}, {0}),
         ({"top_p": 0.41}, {0, 1}),
         ({"top_p": 0.8}, {0, 1, 2}),
+        ({"top_p": 0.9999}, {0, 1, 2, 3, 4}),
         ({"top_p": 0.01}, {0}),
         ({"min_p": 0.3}, {0, 1, 2}),
         ({"min_p": 1.0}, {0}),
@@ -43,7 +44,7 @@ def test_filters_keep_exactly_the_tokens_they_define(fields: dict[str, Any], kep
     assert set(draw(**fields)) == kept
 
 
-def test_a_nucleus_wider_than_the_first_look_is_still_exact() -> None:
+def test_a_nucleus_of_thousands_is_exact() -> None:
     rng = np.random.default_rng(0)
     logits = rng.standard_normal(5000).astype(np.float32) * 0.1  # nearly flat: 0.9 needs thousands of tokens
     order = np.argsort(-logits)
@@ -106,10 +107,12 @@ def test_the_logits_are_left_as_they_were() -> None:
     assert (logits == LOGITS).all()
 
 
-def test_log_probabilities_hold_for_large_and_for_masked_logits() -> None:
-    logits = np.array([[1e4, 1e4 - 1, -np.inf], [0, 0, 0]], dtype=np.float32)
-    expected = [[-np.log1p(np.exp(-1)), -1 - np.log1p(np.exp(-1)), -np.inf], [-np.log(3)] * 3]
-    assert np.allclose(log_probabilities(logits), expected, atol=1e-5)
+def test_scores_hold_for_large_and_for_masked_logits() -> None:
+    large, flat = score_rows(np.array([[1e4, 1e4 - 1, -np.inf], [0, 0, 0]], dtype=np.float32), [1, 2], 2)
+    assert large.logprob == pytest.approx(-1 - np.log1p(np.exp(-1)), abs=1e-6)
+    assert (large.rank, [token for token, _ in large.top]) == (2, [0, 1])
+    assert flat.logprob == pytest.approx(-np.log(3), abs=1e-6)
+    assert flat.rank == 1
 
 
 def test_the_largest_come_first_and_equals_by_id() -> None:
