@@ -14,6 +14,7 @@ import argparse
 import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 from gateway.jobdir import LOCKED_EXIT_CODE, Check, JobDir, JobSpec, Result, TrainerError
@@ -69,6 +70,7 @@ def run(job: JobDir) -> Result:
 
 def _train(job: JobDir, spec: JobSpec, check: Check) -> None:
     _set_environment(spec.threads)
+    warnings.simplefilter("ignore", FutureWarning)  # the pinned libraries' words to one another
     # torch, transformers and trl take seconds to import: only a job that will train pays for them
     import torch
 
@@ -102,6 +104,7 @@ def _set_environment(threads: int) -> None:
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(threads),

@@ -7,6 +7,7 @@ so an adapter learns to live with the quantisation.
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import gguf
@@ -63,7 +64,9 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
         target_modules=target_modules(model, lora.target_modules),
         bias="none",
     )
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():  # this PEFT asks by a name that this transformers calls old
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(model, config)
 
 
 def target_modules(model: PreTrainedModel, asked: str) -> list[str]:

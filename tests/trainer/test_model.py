@@ -1,0 +1,131 @@
+"""The model that is trained: the served weights, padded and batched without a trace."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head
+
+from gateway.chat.render import IGNORED, TrainingSequence
+from gateway.jobdir import BaseRef, JobDir, Lora
+from trainer.batches import Batches, EpochOrder, micro_batch_size, pad
+from trainer.dataset import Examples, load_examples, read_bundle
+from trainer.model import add_lora, base_learning_rate, load_base
+from trainer.scoring import evaluating, score, token_logprobs
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base: Path) -> BaseRef:
+    return BaseRef(
+        "tiny", str(tiny_base), "model.q4_0.gguf", json.loads((tiny_base / "base.json").read_text())["digest"]
+    )
+
+
+@pytest.fixture(scope="module")
+def examples(finished_job: JobDir) -> Examples:
+    return load_examples(finished_job.data / "train.jsonl", read_bundle(finished_job), 256)
+
+
+def test_the_base_is_bit_for_bit_what_transformers_dequantises(base: BaseRef) -> None:
+    ours = load_base(base).state_dict()
+    theirs = AutoModelForCausalLM.from_pretrained(base.path, gguf_file=base.gguf, dtype=torch.float32).state_dict()
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_base_differs_from_the_unquantised_one(base: BaseRef, tiny_source: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    served, original = load_base(base).state_dict()[name], load_file(tiny_source / "model.safetensors")[name]
+    assert 0.02 < float((served - original).norm() / original.norm()) < 0.2
+
+
+def test_only_the_adapter_learns_and_the_head_has_none(base: BaseRef) -> None:
+    model = add_lora(load_base(base), Lora(rank=4, alpha=8), seed=1)
+    learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(learning) == 2 * 7 * 2
+    assert all("lora_" in name and "lm_head" not in name for name in learning)
+    same = add_lora(load_base(base), Lora(rank=4, alpha=8), seed=1).state_dict()
+    assert all(torch.equal(tensor, same[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_loss_is_that_of_trls_own_head(base: BaseRef, examples: Examples) -> None:
+    model = add_lora(load_base(base), Lora(rank=4, alpha=8), seed=1)
+    batch = pad([sequence for number in range(6) for sequence in examples.sequences(number)])
+    ours = score(model, **batch)
+    add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
+    mask = (batch["input_ids"] != 0).long()
+    theirs = model(**batch, attention_mask=mask, fused_lm_head=True, use_cache=False)
+    assert math.isclose(ours.loss.item(), -theirs.log_probs.sum().item(), rel_tol=1e-5)
+    assert ours.correct == int(theirs.is_top1.sum())
+    assert ours.tokens == int(theirs.label_mask.sum())
+
+
+def test_padding_and_splitting_change_neither_loss_nor_gradients(base: BaseRef, examples: Examples) -> None:
+    sequences = [sequence for number in range(8) for sequence in examples.sequences(number)]
+    short = TrainingSequence([1, 5, 6, 7], [IGNORED, IGNORED, 6, 7])
+    found = []
+    for groups in ([[*sequences, short]], [sequences[:3], [*sequences[3:], short]], [[s] for s in [*sequences, short]]):
+        model = add_lora(load_base(base), Lora(rank=4, alpha=8), seed=1)
+        total = sum(score(model, **pad(group)).loss for group in groups)
+        total.backward()
+        norms = [p.grad.norm().item() for p in model.parameters() if p.grad is not None]
+        found.append((total.item(), norms))
+    for loss, norms in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-5)
+        assert norms == pytest.approx(found[0][1], rel=1e-3, abs=1e-6)
+
+
+def test_token_logprobs_are_those_of_a_plain_forward(base: BaseRef) -> None:
+    model = add_lora(load_base(base), Lora(rank=4, alpha=8), seed=1)
+    ids = [1, 9, 40, 300, 17, 2]
+    with evaluating(model):
+        found = token_logprobs(model, ids, first=2)
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
+    assert found == pytest.approx([float(logits[place - 1, ids[place]]) for place in range(2, 6)], abs=1e-5)
+
+
+def test_a_conversation_counts_once_and_its_sequences_stay_together() -> None:
+    examples = Examples()
+    for number in range(10):
+        sequence = TrainingSequence([number + 1, 7], [IGNORED, 7])
+        examples.append([sequence] * (1 + number % 3))
+    seen = []
+    for batch in Batches(examples, batch_size=4, seed=1):
+        firsts = batch["input_ids"][:, 0].tolist()
+        assert len(set(firsts)) <= 4
+        assert all(firsts.count(first) == 1 + (first - 1) % 3 for first in set(firsts))
+        seen += sorted(set(firsts))
+    assert sorted(seen) == list(range(1, 11))
+
+
+def test_the_order_of_an_epoch_follows_from_seed_and_number_alone() -> None:
+    order = EpochOrder(20, 4, seed=3)
+    first = list(order)
+    order.set_epoch(1)
+    second = list(order)
+    assert first != second
+    fresh = EpochOrder(20, 4, seed=3)
+    fresh.set_epoch(1)
+    assert list(fresh) == second
+    assert list(EpochOrder(20, 4, seed=4)) != first
+    assert len(order) == 5
+
+
+def test_a_pass_keeps_to_its_budget_of_tokens() -> None:
+    assert micro_batch_size(8, 100, token_budget=1000) == 8
+    assert micro_batch_size(32, 100, token_budget=1000) == 8
+    assert micro_batch_size(7, 500, token_budget=1000) == 1
+    assert micro_batch_size(4, 5000, token_budget=1000) == 1
+
+
+def test_wide_models_learn_more_slowly() -> None:
+    assert base_learning_rate(256) == pytest.approx(2.46e-3, rel=0.01)
+    assert base_learning_rate(4096) == pytest.approx(2.87e-4, rel=0.01)
