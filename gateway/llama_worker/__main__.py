@@ -51,8 +51,9 @@ def main() -> int:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_ROUNDS)  # read when llama.cpp is imported, here and in the child
     try:
-        options.threads = options.threads or _default_threads(options.model)
-        key = options.key_file.read_text().strip()
+        cores = len(os.sched_getaffinity(0))
+        options.threads = options.threads or default_threads(options.model.stat().st_size, cores)
+        key = _read_key(options.key_file)
         listener = _bind(options.host, options.port)
         with ThreadPoolExecutor(1) as pool:
             digest = pool.submit(_digest, options.model)  # beside the proof: both read the whole file
@@ -102,7 +103,9 @@ class Worker:
         self._options = options
         self._listener = listener
         self._model = Model(options.model, NativeLog(), mode.use_extra_bufts)
-        context = options.ctx or _default_context(self._model.trained_context, self._model.kv_bytes_per_token, options)
+        context = options.ctx or default_context(
+            self._model.trained_context, self._model.kv_bytes_per_token, options.max_seqs
+        )
         if context > self._model.trained_context:
             log.warning("--ctx is %d; the model was trained on %d positions", context, self._model.trained_context)
         size = ContextSize(context, options.max_seqs, batch=max(PROMPT_CHUNK, options.max_seqs))
@@ -133,6 +136,8 @@ class Worker:
                 lifespan="off",
                 log_config=None,
                 access_log=False,
+                server_header=False,
+                date_header=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=1,
             )
@@ -183,18 +188,26 @@ def start_time() -> int:
     return int(text[text.rindex(")") + 2 :].split()[19])
 
 
-def _default_threads(model_path: Path) -> int:
-    worthwhile = model_path.stat().st_size // WEIGHT_BYTES_PER_THREAD
-    return max(1, min(len(os.sched_getaffinity(0)), worthwhile))
+def default_threads(weight_bytes: int, cores: int) -> int:
+    """As many threads as have enough to do."""
+    return max(1, min(cores, weight_bytes // WEIGHT_BYTES_PER_THREAD))
 
 
-def _default_context(trained: int, kv_bytes_per_token: int, options: argparse.Namespace) -> int:
+def default_context(trained: int, sequence_bytes_per_token: int, sequences: int) -> int:
+    """The model's own context, halved until the KV of all sequences fits the budget; not below SMALLEST_CONTEXT."""
     context = trained
-    while context > SMALLEST_CONTEXT and context * options.max_seqs * kv_bytes_per_token > KV_BUDGET_BYTES:
+    while context > SMALLEST_CONTEXT and context * sequences * sequence_bytes_per_token > KV_BUDGET_BYTES:
         context //= 2
     if context < trained:
         log.warning("the context is %d of the model's %d, so that its KV fits; --ctx sets it", context, trained)
     return context
+
+
+def _read_key(path: Path) -> str:
+    key = path.read_text().strip()
+    if not key:
+        raise OSError(f"{path} is empty; it must hold the key that requests carry")
+    return key
 
 
 def _bind(host: str, port: int) -> socket.socket:

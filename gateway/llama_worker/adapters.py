@@ -54,7 +54,7 @@ class Adapters:
         except NativeError as error:
             raise RequestError(f"llama.cpp refused {path}: {error}", param="lora_path") from None
         self._loaded[name] = (adapter, path.parent)
-        log.info("adapter %r loaded from %s", name, path)
+        log.info("adapter %r loaded from %r", name, str(path))
 
     def withdraw(self, name: str) -> Adapter:
         """Takes `name` from new requests; the adapter is freed by `free` once unused. NotFound when it is unknown."""

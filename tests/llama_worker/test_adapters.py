@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 from gateway.llama_worker.native import Context, ContextSize, Model, NativeLog
 from gateway.llama_worker.scoring import score_rows
 from tests.llama_worker.conftest import SLOW
-from tests.llama_worker.running import RunningWorker, prompt, request, running
+from tests.llama_worker.running import RunningWorker, prompt, running
 from tests.tiny_gguf import Shape, write_tiny_gguf, write_tiny_lora
 
 
@@ -96,18 +95,6 @@ def test_an_adapter_that_makes_no_numbers_fails_its_own_requests_only(worker: Ru
     assert worker.unload("broken").status_code == 200
 
 
-def test_an_error_after_the_first_byte_ends_the_stream_without_done(slow_model: Path, tmp_path: Path) -> None:
-    with running(tmp_path / "worker", slow_model) as worker:
-        body = request(prompt=[1, 2, 3], max_tokens=4000, ignore_eos=True, stream=True)
-        with worker.client.stream("POST", "/v1/completions", json=body) as response:
-            lines = response.iter_lines()
-            next(lines)
-            worker.process.terminate()  # the grace is 5 s; the reply would take longer
-            payloads = [line.removeprefix("data: ") for line in lines if line]
-    assert "shutting down" in json.loads(payloads[-1])["error"]["message"]
-    assert worker.process.returncode == 0
-
-
 def test_unload_waits_for_the_requests_that_run_and_refuses_new_ones(
     slow_worker: RunningWorker, tmp_path: Path
 ) -> None:
@@ -117,9 +104,9 @@ def test_unload_waits_for_the_requests_that_run_and_refuses_new_ones(
     alone = slow_worker.ids(**fields)
     with ThreadPoolExecutor(2) as pool:
         reply = pool.submit(slow_worker.ids, **fields)
-        slow_worker.wait_metric("sequences_running", 1, timeout_s=1)
+        slow_worker.wait_metric("sequences_running", 1, timeout_s=10)
         gone = pool.submit(slow_worker.unload, "guest")
-        slow_worker.wait_metric("adapters", 0, timeout_s=1)
+        slow_worker.wait_metric("adapters", 0, timeout_s=10)
         assert not gone.done()
         assert slow_worker.post(model="guest").status_code == 404
         assert slow_worker.load("guest", tmp_path).status_code == 400

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import httpx
 import psutil
 import pytest
 
+from gateway.llama_worker.__main__ import default_context, default_threads
 from tests.llama_worker.running import RunningWorker, request, running
 
 
@@ -78,17 +80,30 @@ def test_a_taken_port_ends_the_start(tiny_model: Path, tmp_path: Path, worker: R
     assert "Address already in use" in second.log_file.read_text()
 
 
-def test_sigterm_lets_what_runs_finish_and_takes_nothing_new(slow_model: Path, tmp_path: Path) -> None:
+def test_sigterm_lets_what_runs_finish(slow_model: Path, tmp_path: Path) -> None:
     with running(tmp_path, slow_model) as worker, ThreadPoolExecutor(1) as pool:
-        reply = pool.submit(worker.ids, max_tokens=300, ignore_eos=True)
-        worker.wait_metric("sequences_running", 1, timeout_s=2)
+        reply = pool.submit(worker.ids, max_tokens=60, ignore_eos=True)
+        worker.wait_metric("prompt_tokens_total", 4, timeout_s=10)
         worker.process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + 2
-        while (refused := worker.post()).status_code == 200:
-            assert time.monotonic() < deadline
-        assert refused.status_code == 503
-        assert "retry-after" in refused.headers
-        assert len(reply.result()) == 300
+        assert len(reply.result()) == 60
+        assert worker.process.wait(10) == 0
+
+
+def test_sigterm_refuses_what_is_new_and_ends_what_outlasts_the_grace(slow_model: Path, tmp_path: Path) -> None:
+    with running(tmp_path, slow_model) as worker:
+        body = request(prompt=[1, 2, 3], max_tokens=4000, ignore_eos=True, stream=True)
+        with worker.client.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            worker.process.terminate()  # the reply would take much longer than the grace of 5 s
+            deadline = time.monotonic() + 4
+            while (refused := worker.post()).status_code == 200:
+                assert time.monotonic() < deadline
+            assert refused.status_code == 503
+            assert "retry-after" in refused.headers
+            assert worker.client.get("/health").status_code == 503
+            payloads = [line.removeprefix("data: ") for line in lines if line]
+        assert "shutting down" in json.loads(payloads[-1])["error"]["message"]  # and no [DONE]
         assert worker.process.wait(10) == 0
 
 
@@ -128,6 +143,25 @@ def test_a_kill_during_the_proof_takes_the_child_along(slow_model: Path, tmp_pat
     worker.close()
     _, alive = psutil.wait_procs(children, timeout=3)
     assert alive == []
+
+
+def test_an_empty_key_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    key_file = tmp_path / "empty"
+    key_file.write_text("\n")
+    worker = RunningWorker(tmp_path, tiny_model, "--key-file", str(key_file))
+    assert worker.process.wait(30) == 1
+    worker.close()
+    assert "is empty" in worker.log_file.read_text()
+
+
+def test_the_context_is_halved_until_all_sequences_fit() -> None:
+    assert default_context(2048, 6 * 2**10, sequences=8) == 2048
+    assert default_context(131_072, 32 * 2**10, sequences=8) == 8192
+    assert default_context(131_072, 2**30, sequences=8) == 512
+
+
+def test_a_small_model_gets_no_more_threads_than_it_has_work_for() -> None:
+    assert [default_threads(size * 2**20, cores=4) for size in (4, 40, 4000)] == [1, 2, 4]
 
 
 def test_importing_the_package_loads_no_llama_cpp() -> None:

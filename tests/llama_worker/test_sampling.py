@@ -44,14 +44,14 @@ def test_filters_keep_exactly_the_tokens_they_define(fields: dict[str, Any], kep
     assert set(draw(**fields)) == kept
 
 
-def test_a_nucleus_of_thousands_is_exact() -> None:
+def test_a_nucleus_of_many_is_exact() -> None:
     rng = np.random.default_rng(0)
-    logits = rng.standard_normal(5000).astype(np.float32) * 0.1  # nearly flat: 0.9 needs thousands of tokens
+    logits = rng.standard_normal(2000).astype(np.float32) * 0.1  # nearly flat: 0.9 needs most of the tokens
     order = np.argsort(-logits)
     reach = int(np.searchsorted(np.cumsum(np.exp(logits[order]) / np.exp(logits).sum()), 0.9)) + 1
-    drawn = draw(8000, logits, top_p=0.9)
+    drawn = draw(3000, logits, top_p=0.9)
     assert set(drawn) <= set(order[:reach].tolist())
-    assert len(drawn) > 3000
+    assert len(drawn) > 1000
 
 
 def test_temperature_sharpens_and_flattens() -> None:
