@@ -62,7 +62,7 @@ def show(port: int, data: Path) -> None:
         raise DemoFailed(
             f"the recipe failed; the server's log is {log_file(data)}, and it is still up: `make stop` ends it"
         )
-    print(next_steps(root, newest_tuned_model(f"{root}/v1")))
+    print(next_steps(root, newest_tuned_model(f"{root}/v1"), data))
 
 
 def is_tunegate(root: str, port: int) -> bool:
@@ -86,7 +86,7 @@ def start(port: int, data: Path) -> subprocess.Popen[bytes]:
         server = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
-    print(f"Starting `tunegate serve` on http://127.0.0.1:{port} (log: {log_file(data)}; `make stop` ends it).")
+    print(f"Starting `tunegate serve` on http://127.0.0.1:{port} (log: {log_file(data)}; {stop_hint(data)} ends it).")
     return server
 
 
@@ -129,15 +129,21 @@ def newest_tuned_model(base_url: str) -> str:
     raise DemoFailed("the recipe ended well, but no job names a tuned model")
 
 
-def next_steps(root: str, tuned: str) -> str:
-    body = json.dumps({"model": tuned, "messages": [{"role": "user", "content": first_request()}]})
-    body = body.replace("'", "'\\''")
+def next_steps(root: str, tuned: str, data: Path) -> str:
+    """What to do with the tuned model, and how to end the server."""
+    messages = [{"role": "user", "content": first_request()}]
+    body = json.dumps({"model": tuned, "messages": messages, "temperature": 0, "max_tokens": 60}, ensure_ascii=False)
+    quoted = body.replace("'", "'\\''")
     return f"""
-The tuned model is {tuned}. The server stays up on {root}; `make stop` ends it. Try:
+The tuned model is {tuned}. The server stays up on {root}; {stop_hint(data)} ends it. Try:
 
   curl {root}/v1/chat/completions -H 'content-type: application/json' \\
-    -d '{body}'
+    -d '{quoted}'
 """
+
+
+def stop_hint(data: Path) -> str:
+    return "`make stop`" if data == ROOT / "data" else f"`make stop DATA={data}`"
 
 
 def first_request() -> str:
