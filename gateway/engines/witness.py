@@ -34,8 +34,8 @@ class Tolerances:
     """How far an engine may be from the trainer; `tests/bench/witness_margins.py` shows what they were set by."""
 
     base_error: float = 0.25  # mean |engine − trainer| of the base's own log-probabilities, nats
-    relative_error: float = 0.1  # of the effect's size …
-    noise_factor: float = 2.0  # … and so many times the engine's own rounding, as its scores of the base show it
+    relative_error: float = 0.06  # of the effect's size …
+    noise_factor: float = 2.5  # … and so many times the engine's own rounding, as its scores of the base show it
     floor: float = 0.01  # nats
     scale_error: float = 0.1  # how far from 1 the factor between the two effects may be
     measurable: float = 3.0  # an effect of fewer times the rounding (or of fewer than 2 floors) proves little
