@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -106,7 +107,11 @@ def test_prompt_logprobs_are_the_same_twice_and_under_load(worker: RunningWorker
     fields: dict[str, Any] = {"prompt": prompt(150), "prompt_logprobs": 0, "max_tokens": 1}
     first = worker.complete(**fields)["choices"][0]["prompt_logprobs"]
     assert [len(entry) for entry in first[1:]] == [1] * 149
-    assert worker.complete(**fields)["choices"][0]["prompt_logprobs"] == first
+    noise = [{"prompt": prompt(40, salt), "model": "blue", "max_tokens": 200, "ignore_eos": True} for salt in range(4)]
+    with ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(worker.ids_together, noise)
+        while not busy.done():
+            assert worker.complete(**fields)["choices"][0]["prompt_logprobs"] == first
 
 
 def test_n_choices_start_from_one_prompt_and_go_their_own_ways(worker: RunningWorker) -> None:
