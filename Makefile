@@ -33,7 +33,7 @@ stop: ## stop the server that `make demo` left running
 	@$(BIN)/python -m clients.demo --stop --data $(DATA)
 
 test: $(READY) ## run the tests
-	@$(BIN)/pytest
+	@$(BIN)/pytest --cov --cov-report=
 
 check: format lint test ## format, lint, types, tests: what a change must pass
 
