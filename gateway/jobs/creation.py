@@ -27,7 +27,8 @@ from gateway.store import jobs as statements
 from gateway.store.blobs import Blobs
 from gateway.store.database import Store
 from gateway.store.files import File
-from gateway.store.jobs import Job, new_id
+from gateway.store.ids import new_id
+from gateway.store.jobs import Job
 
 if TYPE_CHECKING:
     from gateway.wire.fine_tuning import CreateJob

@@ -57,6 +57,12 @@ def sweep_folders(jobs: Path, known: Collection[str]) -> list[str]:
     return removed
 
 
+def tidy_folder(folder: JobDir) -> None:
+    """Removes what only a resumed trainer would need, once the job is over: optimiser states are most of the folder."""
+    if not folder.is_locked():
+        remove_folder(folder.checkpoints)
+
+
 def newest_checkpoint(folder: JobDir) -> int:
     """The step of the newest complete checkpoint; 0 when there is none."""
     return max(_steps(folder.checkpoints), default=0)

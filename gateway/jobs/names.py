@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
-from gateway.store.jobs import ID_CHARS, Job
+from gateway.store.ids import ID_CHARS
+from gateway.store.jobs import Job
 
 TOKEN_CHARS = 8
 

@@ -29,12 +29,15 @@ from gateway.jobs.barrier import pass_barrier
 from gateway.jobs.folder import adapter_checkpoints
 from gateway.jobs.names import model_name
 from gateway.jobs.training import JobCancelled, JobFailed
+from gateway.store import checkpoints as checkpoint_statements
+from gateway.store import events as event_statements
 from gateway.store import jobs as statements
 from gateway.store import models as model_statements
 from gateway.store.blobs import BlobRef, Blobs
 from gateway.store.database import Store
+from gateway.store.events import Event, Level, NewEvent
 from gateway.store.files import insert_file
-from gateway.store.jobs import Event, Job, NewEvent
+from gateway.store.jobs import Job
 from gateway.store.models import ModelRow
 
 logger = logging.getLogger("tunegate.jobs")
@@ -111,7 +114,7 @@ class Publication:
     async def _keep_checkpoints(self, job: Job, base: Base, folder: JobDir) -> list[_Candidate]:
         """The newest checkpoints; one that is refused costs a warning, not the job."""
         exported = await asyncio.to_thread(adapter_checkpoints, folder)
-        known = await self.store.read(lambda connection: statements.select_checkpoints(connection, job.id))
+        known = await self.store.read(lambda connection: checkpoint_statements.select_checkpoints(connection, job.id))
         kept = []
         for checkpoint in [c for c in known if c.step_number in exported][-SERVED_CHECKPOINTS:]:
             step = checkpoint.step_number
@@ -171,7 +174,7 @@ class Publication:
             await _unless_stopped(asyncio.sleep(ENGINE_RETRY_S), stop)
 
     async def _commit(self, job: Job, result: Result, loaded: list[_Candidate]) -> None:
-        metrics = await self.store.read(lambda connection: statements.select_metrics(connection, job.id))
+        metrics = await self.store.read(lambda connection: event_statements.select_metrics(connection, job.id))
         async with self.blobs.putting(write_csv(metrics)) as blob:
             await self.store.write(lambda connection: self._publish_rows(connection, job, result, loaded, blob))
 
@@ -207,7 +210,7 @@ class Publication:
     async def _tell_refused(self, job: Job, checkpoint: str, error: AdapterRejected) -> None:
         await self._tell(job, f"The checkpoint {checkpoint} is not served: {error.message}", "warn")
 
-    async def _tell(self, job: Job, message: str, level: statements.Level = "info") -> None:
+    async def _tell(self, job: Job, message: str, level: Level = "info") -> None:
         event = NewEvent(message, level=level)
         await self.store.write(lambda connection: statements.insert_running_event(connection, job.id, event))
 

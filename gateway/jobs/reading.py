@@ -14,7 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 from gateway.jobdir import Event, JobDir
-from gateway.store.jobs import Job, NewCheckpoint, NewEvent, Progress
+from gateway.store.checkpoints import NewCheckpoint
+from gateway.store.events import NewEvent
+from gateway.store.jobs import Job, Progress
 
 logger = logging.getLogger("tunegate.jobs")
 

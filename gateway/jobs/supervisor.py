@@ -25,7 +25,7 @@ from gateway.engines.handle import ProcessHandle, exit_text
 from gateway.errors import NotFound, StoreUnavailable
 from gateway.jobdir import LOCKED_EXIT_CODE, Check, JobDir, TrainerError
 from gateway.jobs.creation import Creation
-from gateway.jobs.folder import last_log_line, sweep_folders
+from gateway.jobs.folder import last_log_line, sweep_folders, tidy_folder
 from gateway.jobs.launcher import Launcher, adopt_check, adopt_trainer
 from gateway.jobs.names import checkpoint_name
 from gateway.jobs.publication import Publication
@@ -35,7 +35,8 @@ from gateway.store import jobs as statements
 from gateway.store.blobs import Blobs
 from gateway.store.database import Store
 from gateway.store.datadir import DataDir
-from gateway.store.jobs import Job, NewEvent
+from gateway.store.events import NewEvent
+from gateway.store.jobs import Job
 
 if TYPE_CHECKING:
     from gateway.wire.fine_tuning import CreateJob
@@ -121,8 +122,9 @@ class Supervisor:
         """Sweeps what killed requests left, ends trainers of jobs that are over, and takes up all others."""
         await asyncio.to_thread(sweep_adapters, self._data_dir.adapters)
         known = await self._store.read(statements.select_statuses)
-        for name in await asyncio.to_thread(sweep_folders, self._data_dir.jobs, known.keys()):
-            logger.info("Removed the folder of job %s, which was never acknowledged", name)
+        if known:  # an empty database beside folders is more likely a lost one than a start with strays: keep them
+            for name in await asyncio.to_thread(sweep_folders, self._data_dir.jobs, known.keys()):
+                logger.info("Removed the folder of job %s, which was never acknowledged", name)
         for job_id, status in known.items():
             if status not in statements.ACTIVE and await asyncio.to_thread(self._folder(job_id).is_locked):
                 self._end_later(job_id)
@@ -282,12 +284,14 @@ class Supervisor:
             error = result.error or TrainerError("trainer_failed", "The trainer failed and gave no reason")
             raise JobFailed(error.code, error.message, error.param)
         await self._publication.publish(job, folder, result, stop)
+        await asyncio.to_thread(tidy_folder, folder)
 
     async def _fail(self, job_id: str, error: TrainerError) -> None:
         raw = asdict(error)
         message = f"The job failed: {error.message}"
         if await self._store.write(lambda connection: statements.fail_job(connection, job_id, raw, message)):
             logger.warning("job %s failed: %s (%s)", job_id, error.message, error.code)
+            await asyncio.to_thread(tidy_folder, self._folder(job_id))
 
     # trainers of jobs that are over
 
@@ -307,6 +311,7 @@ class Supervisor:
                 finally:
                     trainer.close()
             await asyncio.sleep(POLL_S)
+        await asyncio.to_thread(tidy_folder, folder)
 
     def _folder(self, job_id: str) -> JobDir:
         return JobDir(self._data_dir.jobs / job_id)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +22,8 @@ from gateway.jobs.launcher import Launcher, adopt_trainer
 from gateway.jobs.reading import read_progress
 from gateway.store import jobs as statements
 from gateway.store.database import Store
-from gateway.store.jobs import Job, NewEvent
+from gateway.store.events import NewEvent
+from gateway.store.jobs import Job
 
 logger = logging.getLogger("tunegate.jobs")
 
@@ -139,8 +141,11 @@ class Training:
             return None
         if hung:
             return f"The trainer said nothing for {self._hang_timeout_s:g} s and was ended"
+        how = exit_text(trainer.exit_code if trainer else None)
+        if trainer is not None and trainer.exit_code == -signal.SIGKILL:
+            how += " (by the system, it may be, for want of memory)"
         line = await asyncio.to_thread(last_log_line, self._folder)
-        return f"The trainer {exit_text(trainer.exit_code if trainer else None)}" + (f": {line}" if line else "")
+        return f"The trainer {how}" + (f": {line}" if line else "")
 
     async def _contend(self) -> None:
         """Another trainer had the lock. Looks again; gives up when it is never there to be seen."""

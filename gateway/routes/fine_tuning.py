@@ -11,8 +11,12 @@ from gateway.errors import RequestError
 from gateway.jobs.supervisor import unknown_job
 from gateway.routes import project_of
 from gateway.routes.body import read_json
+from gateway.store import checkpoints as checkpoint_statements
+from gateway.store import events as event_statements
 from gateway.store import jobs as statements
-from gateway.store.jobs import Checkpoint, Event, Job
+from gateway.store.checkpoints import Checkpoint
+from gateway.store.events import Event
+from gateway.store.jobs import Job
 from gateway.store.pages import Page
 from gateway.wire import fine_tuning as wire
 from gateway.wire.page import list_body, parse_page
@@ -32,7 +36,12 @@ async def list_jobs(request: Request) -> Response:
     project_id = project_of(request)
     page = await request.app.state.store.read(
         lambda connection: statements.select_jobs(
-            connection, limit=query.limit, after=query.after, metadata=filtered.metadata, project_id=project_id
+            connection,
+            limit=query.limit,
+            after=query.after,
+            order=query.order,
+            metadata=filtered.metadata,
+            project_id=project_id,
         )
     )
     organization = request.app.state.settings.organization
@@ -57,26 +66,30 @@ async def cancel_job(request: Request) -> Response:
 
 
 async def list_events(request: Request) -> Response:
-    """Newest first."""
+    """Newest first, unless `order` is "asc"."""
     job_id, project_id = request.path_params["job_id"], project_of(request)
     query = parse_page(request.query_params)
 
     def read(connection: Connection) -> Page[Event]:
         _find(connection, job_id, project_id)
-        return statements.select_events(connection, job_id, limit=query.limit, after=query.after)
+        return event_statements.select_events(
+            connection, job_id, limit=query.limit, after=query.after, order=query.order
+        )
 
     page = await request.app.state.store.read(read)
     return JSONResponse(list_body([wire.event_object(event) for event in page.items], page.has_more))
 
 
 async def list_checkpoints(request: Request) -> Response:
-    """Newest first."""
+    """Newest first, unless `order` is "asc"."""
     job_id, project_id = request.path_params["job_id"], project_of(request)
     query = parse_page(request.query_params, default_limit=10)
 
     def read(connection: Connection) -> Page[Checkpoint]:
         _find(connection, job_id, project_id)
-        return statements.select_checkpoint_page(connection, job_id, limit=query.limit, after=query.after)
+        return checkpoint_statements.select_checkpoint_page(
+            connection, job_id, limit=query.limit, after=query.after, order=query.order
+        )
 
     page = await request.app.state.store.read(read)
     return JSONResponse(list_body([wire.checkpoint_object(item) for item in page.items], page.has_more))

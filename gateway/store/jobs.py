@@ -1,4 +1,4 @@
-"""Every statement on jobs, their events and their checkpoints. Each function runs inside the caller's transaction.
+"""Every statement on jobs. Each function runs inside the caller's transaction.
 
 Its one rule: a job leaves a state only through a statement that names the state it was in, so that whatever races (cancel
 with completion, two supervisors, a job read twice) has one winner, and a terminal state is never left.
@@ -6,28 +6,24 @@ with completion, two supervisors, a job read twice) has one winner, and a termin
 
 from __future__ import annotations
 
-import secrets
-import string
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, delete, exists, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, exists, func, insert, select, update
 
-from gateway.store import tables
-from gateway.store.pages import Page, select_page
+from gateway.store.checkpoints import NewCheckpoint, store_checkpoint
+from gateway.store.events import NewEvent, delete_undone_metrics, insert_events
+from gateway.store.pages import Order, Page, select_page
 from gateway.store.tables import DEFAULT_PROJECT
+from gateway.store.tables import events as _events
+from gateway.store.tables import jobs as _jobs
 
 Status = Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
-Level = Literal["info", "warn", "error"]
 
 ACTIVE: tuple[Status, ...] = ("validating_files", "queued", "running")
 WAITING: tuple[Status, ...] = ("validating_files", "queued")
-
-ID_CHARS = string.ascii_letters + string.digits
-
-_jobs, _events, _checkpoints = tables.jobs, tables.events, tables.checkpoints
 
 
 @dataclass(frozen=True)
@@ -61,47 +57,6 @@ class Job:
     @property
     def is_over(self) -> bool:
         return self.status not in ACTIVE
-
-
-@dataclass(frozen=True)
-class Event:
-    id: str
-    job_id: str
-    created_at: int
-    level: Level
-    type: Literal["message", "metrics"]
-    message: str
-    data: dict[str, Any] | None
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    id: str
-    job_id: str
-    created_at: int
-    step_number: int
-    metrics: dict[str, Any]
-    name: str
-
-
-@dataclass(frozen=True)
-class NewEvent:
-    """An event to be added. A `source_key` that is there already means that it was added before."""
-
-    message: str
-    level: Level = "info"
-    type: Literal["message", "metrics"] = "message"
-    data: dict[str, Any] | None = None
-    created_at: int | None = None
-    source_key: str | None = None
-
-
-@dataclass(frozen=True)
-class NewCheckpoint:
-    created_at: int
-    step_number: int
-    metrics: dict[str, Any]
-    name: str
 
 
 @dataclass(frozen=True)
@@ -161,16 +116,17 @@ def select_jobs(
     *,
     limit: int,
     after: str | None = None,
+    order: Order = "desc",
     metadata: Mapping[str, str] | Literal["none"] | None = None,
     project_id: str = DEFAULT_PROJECT,
 ) -> Page[Job]:
-    """Jobs, newest first; those whose metadata has all the given pairs, or that have none."""
+    """Jobs, newest first unless `order` is "asc"; those whose metadata has all the given pairs, or that have none."""
     where: list[ColumnElement[bool]] = [_jobs.c.project_id == project_id]
     if metadata == "none":
         where.append(_jobs.c.metadata.is_(None))
     elif metadata is not None:
         where += [_has_pair(key, value) for key, value in metadata.items()]
-    page = select_page(connection, _jobs, *where, limit=limit, after=after)
+    page = select_page(connection, _jobs, *where, limit=limit, after=after, order=order)
     return Page([_job(row) for row in page.items], page.has_more)
 
 
@@ -272,57 +228,14 @@ def store_progress(connection: Connection, job: Job, progress: Progress) -> bool
     if moved.rowcount != 1:
         return False
     if progress.first_step is not None:
-        _drop_undone_metrics(connection, job.id, progress.attempt, progress.first_step)
+        delete_undone_metrics(connection, job.id, progress.attempt, progress.first_step)
     insert_events(connection, job.id, progress.events, project_id=job.project_id)
     for checkpoint in progress.checkpoints:
-        _store_checkpoint(connection, job, checkpoint)
+        store_checkpoint(connection, job.id, job.project_id, checkpoint)
     return True
 
 
 # events and checkpoints
-
-
-def insert_events(
-    connection: Connection, job_id: str, events: Iterable[NewEvent], project_id: str = DEFAULT_PROJECT
-) -> None:
-    """Appends events; one whose `source_key` is there already is left out."""
-    added = list(events)
-    keys = [event.source_key for event in added if event.source_key is not None]
-    known = (
-        set(connection.execute(select(_events.c.source_key).where(_events.c.source_key.in_(keys))).scalars())
-        if keys
-        else set()
-    )
-    now_s = int(time.time())
-    rows = [
-        {
-            "id": new_id("ftevent-"),
-            "project_id": project_id,
-            "job_id": job_id,
-            "created_at": event.created_at if event.created_at is not None else now_s,
-            "level": event.level,
-            "type": event.type,
-            "message": event.message,
-            "data": event.data,
-            "source_key": event.source_key,
-        }
-        for event in added
-        if event.source_key not in known or event.source_key is None
-    ]
-    if rows:
-        connection.execute(insert(_events), rows)
-
-
-def select_events(connection: Connection, job_id: str, *, limit: int, after: str | None = None) -> Page[Event]:
-    """Events, newest first."""
-    page = select_page(connection, _events, _events.c.job_id == job_id, limit=limit, after=after)
-    return Page([_event(row) for row in page.items], page.has_more)
-
-
-def select_metrics(connection: Connection, job_id: str) -> list[Event]:
-    """The metrics events of a job in the order they came."""
-    where = (_events.c.job_id == job_id, _events.c.type == "metrics")
-    return [_event(row) for row in connection.execute(select(_events).where(*where).order_by(_events.c.seq)).mappings()]
 
 
 def count_resumes(connection: Connection, job_id: str, checkpoint_step: int) -> int:
@@ -347,20 +260,6 @@ def insert_resume(connection: Connection, job_id: str, checkpoint_step: int, n: 
     return insert_running_event(connection, job_id, keyed)
 
 
-def select_checkpoint_page(
-    connection: Connection, job_id: str, *, limit: int, after: str | None = None
-) -> Page[Checkpoint]:
-    """Checkpoints, newest first."""
-    page = select_page(connection, _checkpoints, _checkpoints.c.job_id == job_id, limit=limit, after=after)
-    return Page([_checkpoint(row) for row in page.items], page.has_more)
-
-
-def select_checkpoints(connection: Connection, job_id: str) -> list[Checkpoint]:
-    """The checkpoints of a job by step."""
-    statement = select(_checkpoints).where(_checkpoints.c.job_id == job_id).order_by(_checkpoints.c.step_number)
-    return [_checkpoint(row) for row in connection.execute(statement).mappings()]
-
-
 def _has_pair(key: str, value: str) -> ColumnElement[bool]:
     # json_each rather than a path: a path cannot say every key (quotes, and before SQLite 3.45 non-ASCII letters).
     pairs = func.json_each(_jobs.c.metadata).table_valued("key", "value")
@@ -375,40 +274,6 @@ def _leave(
         return False
     insert_events(connection, job_id, events)
     return True
-
-
-def _drop_undone_metrics(connection: Connection, job_id: str, attempt: int, first_step: int) -> None:
-    """Forgets steps that an earlier attempt took and this one takes again, for it began at a checkpoint before them."""
-    connection.execute(
-        delete(_events).where(
-            _events.c.job_id == job_id,
-            _events.c.type == "metrics",
-            _events.c.source_key.not_like(f"{job_id}/{attempt}/%"),
-            _events.c.data["step"].as_integer() >= first_step,
-        )
-    )
-
-
-def _store_checkpoint(connection: Connection, job: Job, checkpoint: NewCheckpoint) -> None:
-    """One row a step: a step that is taken again keeps its id and name and gets the newer metrics."""
-    where = (_checkpoints.c.job_id == job.id, _checkpoints.c.step_number == checkpoint.step_number)
-    if connection.execute(update(_checkpoints).where(*where).values(metrics=checkpoint.metrics)).rowcount:
-        return
-    connection.execute(
-        insert(_checkpoints).values(
-            id=new_id("ftckpt_"),
-            project_id=job.project_id,
-            job_id=job.id,
-            created_at=checkpoint.created_at,
-            step_number=checkpoint.step_number,
-            metrics=checkpoint.metrics,
-            name=checkpoint.name,
-        )
-    )
-
-
-def new_id(prefix: str) -> str:
-    return prefix + "".join(secrets.choice(ID_CHARS) for _ in range(24))
 
 
 def _resume_key(job_id: str, checkpoint_step: int, n: str) -> str:
@@ -440,27 +305,4 @@ def _job(row: RowMapping) -> Job:
         attempt=row["attempt"],
         cursor_offset=row["cursor_offset"],
         check=row["check"],
-    )
-
-
-def _event(row: RowMapping) -> Event:
-    return Event(
-        id=row["id"],
-        job_id=row["job_id"],
-        created_at=row["created_at"],
-        level=row["level"],
-        type=row["type"],
-        message=row["message"],
-        data=row["data"],
-    )
-
-
-def _checkpoint(row: RowMapping) -> Checkpoint:
-    return Checkpoint(
-        id=row["id"],
-        job_id=row["job_id"],
-        created_at=row["created_at"],
-        step_number=row["step_number"],
-        metrics=row["metrics"],
-        name=row["name"],
     )

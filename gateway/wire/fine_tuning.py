@@ -15,7 +15,9 @@ from gateway.errors import RequestError
 from gateway.wire.fields import show
 
 if TYPE_CHECKING:
-    from gateway.store.jobs import Checkpoint, Event, Job
+    from gateway.store.checkpoints import Checkpoint
+    from gateway.store.events import Event
+    from gateway.store.jobs import Job
 
 MAX_SEED = 2**31 - 1
 MAX_SUFFIX_CHARS = 64

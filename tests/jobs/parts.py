@@ -22,13 +22,17 @@ from gateway.jobdir import JobDir
 from gateway.jobs.launcher import Launcher
 from gateway.jobs.supervisor import Supervisor
 from gateway.settings import JobSettings, Settings
+from gateway.store import checkpoints as checkpoint_statements
+from gateway.store import events as event_statements
 from gateway.store import files as file_statements
 from gateway.store import jobs as statements
 from gateway.store import models as model_statements
 from gateway.store.blobs import Blobs
+from gateway.store.checkpoints import Checkpoint
 from gateway.store.database import Store
 from gateway.store.datadir import DataDir
-from gateway.store.jobs import Checkpoint, Event, Job
+from gateway.store.events import Event
+from gateway.store.jobs import Job
 from gateway.store.models import ModelRow
 from gateway.wire.fine_tuning import CreateJob, parse_create
 from tests.engines.parts import QUICK, as_adapter, write_manifest
@@ -120,14 +124,14 @@ class Workshop:
 
     async def events(self, job_id: str) -> list[Event]:
         """Oldest first."""
-        page = await self.store.read(lambda c: statements.select_events(c, job_id, limit=1000))
+        page = await self.store.read(lambda c: event_statements.select_events(c, job_id, limit=1000))
         return page.items[::-1]
 
     async def messages(self, job_id: str) -> list[str]:
         return [event.message for event in await self.events(job_id)]
 
     async def checkpoints(self, job_id: str) -> list[Checkpoint]:
-        return await self.store.read(lambda c: statements.select_checkpoints(c, job_id))
+        return await self.store.read(lambda c: checkpoint_statements.select_checkpoints(c, job_id))
 
     async def models(self) -> list[ModelRow]:
         return await self.store.read(model_statements.list_all)

@@ -14,10 +14,12 @@ import pytest
 from gateway.bases import PreparedBase
 from gateway.jobdir import process_start_time
 from gateway.jobs.barrier import VARIABLE
+from gateway.store import events as event_statements
 from gateway.store import jobs as statements
 from gateway.store import models as model_statements
 from gateway.store.database import Store
-from gateway.store.jobs import Event, Job
+from gateway.store.events import Event
+from gateway.store.jobs import Job
 from tests.jobs.fake_trainer import Plan
 from tests.jobs.parts import read_steps, until
 
@@ -81,7 +83,7 @@ class Mortal:
     async def events(self) -> list[Event]:
         store = await asyncio.to_thread(Store.open, self.folder / "data" / "tunegate.db")
         try:
-            return (await store.read(lambda c: statements.select_events(c, self.job_id, limit=1000))).items[::-1]
+            return (await store.read(lambda c: event_statements.select_events(c, self.job_id, limit=1000))).items[::-1]
         finally:
             await asyncio.to_thread(store.close)
 

@@ -16,6 +16,8 @@ from gateway.bases import PreparedBase
 from gateway.engines.engine import Engine
 from gateway.jobdir import process_start_time
 from gateway.store import jobs as statements
+from gateway.store.events import NewEvent
+from gateway.store import events as event_statements
 from tests.jobs.fake_trainer import Plan
 from tests.jobs.parts import FAKE_TRAINER, Workshop, open_workshop, until
 
@@ -40,7 +42,7 @@ async def test_a_killed_trainer_is_resumed_from_its_checkpoint_and_its_undone_st
         told = [event.data["step"] for event in events if event.type == "metrics" and event.data]
         assert told == list(range(1, 9)), "steps 4 and 5 of the first attempt were undone"
         (resumed,) = [event for event in events if event.level == "warn"]
-        assert "was killed by SIGKILL: about to die at step 6" in resumed.message
+        assert "was killed by SIGKILL" in resumed.message and "about to die at step 6" in resumed.message
         assert "from the checkpoint at step 3" in resumed.message
         assert [c.step_number for c in await shop.checkpoints(ended.id)] == [3, 6]
         assert ended.attempt == 2
@@ -216,5 +218,73 @@ async def test_a_trainer_killed_from_outside_goes_on_in_a_new_one(
         gate.touch()
         await shop.wait_for(job.id, "succeeded")
         assert len({pid for pid, _, _ in shop.steps(job.id)}) == 2
-        events = await shop.store.read(lambda c: statements.select_metrics(c, job.id))
+        events = await shop.store.read(lambda c: event_statements.select_metrics(c, job.id))
         assert [event.data["step"] for event in events if event.data] == [1, 2, 3, 4, 5, 6]
+
+
+async def test_a_trainer_whose_record_names_a_stranger_is_waited_for_and_the_stranger_left_alone(
+    tmp_path: Path, base: PreparedBase, engine: Engine, adapter: Path
+) -> None:
+    gate = tmp_path / "gate"
+    stranger = await asyncio.create_subprocess_exec("sleep", "600", start_new_session=True)
+    try:
+        async with open_workshop(tmp_path, base, engine, Plan(adapter=str(adapter), gate=str(gate))) as shop:
+            job = await shop.create()
+            await trained_up_to(shop, job.id, 2)
+            await shop.supervisor.stop()
+            record = {"pid": stranger.pid, "start_time": (process_start_time(stranger.pid) or 0) - 1}
+            (shop.folder_of(job.id).path / "lock").write_text(json.dumps(record))
+        async with open_workshop(tmp_path, base, engine, Plan(adapter=str(adapter))) as shop:
+            await asyncio.sleep(1.0)
+            gate.touch()
+            await shop.wait_for(job.id, "succeeded")
+            assert len({pid for pid, _, _ in shop.steps(job.id)}) == 1
+            other = await shop.create()
+            await shop.supervisor.cancel(other.id, "default")
+        assert process_start_time(stranger.pid) is not None
+    finally:
+        stranger.kill()
+        await stranger.wait()
+
+
+async def test_a_gateway_that_stops_leaves_its_trainer_at_work_for_the_next(
+    tmp_path: Path, base: PreparedBase, engine: Engine, adapter: Path
+) -> None:
+    gate = tmp_path / "gate"
+    plan = Plan(adapter=str(adapter), gate=str(gate))
+    async with open_workshop(tmp_path, base, engine, plan) as shop:
+        job = await shop.create()
+        pid = await trained_up_to(shop, job.id, 2)
+    assert process_start_time(pid) is not None
+    async with open_workshop(tmp_path, base, engine, plan) as shop:
+        gate.touch()
+        await shop.wait_for(job.id, "succeeded")
+        assert {pid for pid, _, _ in shop.steps(job.id)} == {pid}
+
+
+async def test_what_killed_requests_and_finished_jobs_leave_is_swept(
+    tmp_path: Path, base: PreparedBase, engine: Engine, adapter: Path
+) -> None:
+    async with open_workshop(tmp_path, base, engine, Plan(adapter=str(adapter))) as shop:
+        job = await shop.wait_for((await shop.create()).id, "succeeded")
+        folder = shop.folder_of(job.id)
+        await until(lambda: not folder.checkpoints.exists())
+        assert folder.adapter.is_dir()
+        (shop.data_dir.jobs / "ftjob-neverAnswered" / "data").mkdir(parents=True)
+        (shop.data_dir.jobs / "notes of the owner").mkdir()
+    async with open_workshop(tmp_path, base, engine) as shop:
+        assert {path.name for path in shop.data_dir.jobs.iterdir()} == {job.id, "notes of the owner"}
+
+
+async def test_events_stay_in_their_order_when_the_clock_jumps_back(
+    tmp_path: Path, base: PreparedBase, engine: Engine
+) -> None:
+    async with open_workshop(tmp_path, base, engine, Plan(gate=str(tmp_path / "never"))) as shop:
+        job = await shop.create()
+        await trained_up_to(shop, job.id, 2)
+        for n, created_at in enumerate((4_000_000_000, 1_000_000_000, 2_000_000_000)):
+            event = NewEvent(f"event {n}", created_at=created_at)
+            assert await shop.store.write(lambda c, event=event: statements.insert_running_event(c, job.id, event))
+        assert (await shop.messages(job.id))[-3:] == ["event 0", "event 1", "event 2"]
+        await shop.supervisor.cancel(job.id, "default")
+        await until(lambda: not shop.folder_of(job.id).is_locked())

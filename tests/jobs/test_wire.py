@@ -10,7 +10,9 @@ from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 
 from gateway.errors import RequestError
-from gateway.store.jobs import Checkpoint, Event, Job
+from gateway.store.checkpoints import Checkpoint
+from gateway.store.events import Event
+from gateway.store.jobs import Job
 from gateway.wire.fine_tuning import (
     checkpoint_object,
     event_object,
