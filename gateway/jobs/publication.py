@@ -11,6 +11,7 @@ import asyncio
 import csv
 import io
 import logging
+import shutil
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
@@ -226,6 +227,15 @@ class _Candidate:
     def served(self) -> TunedModel:
         row = self.row
         return TunedModel(row.name, row.base, self.bundle, row.engine_name, row.created_at, row.owned_by)
+
+
+def sweep_deleted(adapters_dir: Path, ever: set[str], now: set[str]) -> int:
+    """Removes the files of adapters whose models are all deleted; how many. For start-up, before any engine is."""
+    deleted = [adapters_dir / digest.removeprefix("sha256:") for digest in ever - now]
+    found = [path for path in deleted if path.is_dir()]
+    for path in found:
+        shutil.rmtree(path, ignore_errors=True)
+    return len(found)
 
 
 async def _unless_stopped(work: Coroutine[Any, Any, T], stop: asyncio.Event) -> T:

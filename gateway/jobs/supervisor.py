@@ -28,10 +28,11 @@ from gateway.jobs.creation import Creation
 from gateway.jobs.folder import last_log_line, sweep_folders, tidy_folder
 from gateway.jobs.launcher import Launcher, adopt_check, adopt_trainer
 from gateway.jobs.names import checkpoint_name
-from gateway.jobs.publication import Publication
+from gateway.jobs.publication import Publication, sweep_deleted
 from gateway.jobs.training import END_GRACE_S, POLL_S, JobCancelled, JobFailed, Training
 from gateway.settings import Settings
 from gateway.store import jobs as statements
+from gateway.store import models as model_statements
 from gateway.store.blobs import Blobs
 from gateway.store.database import Store
 from gateway.store.datadir import DataDir
@@ -121,6 +122,9 @@ class Supervisor:
     async def start(self) -> None:
         """Sweeps what killed requests left, ends trainers of jobs that are over, and takes up all others."""
         await asyncio.to_thread(sweep_adapters, self._data_dir.adapters)
+        ever, now = await self._store.read(model_statements.select_digests)
+        if swept := await asyncio.to_thread(sweep_deleted, self._data_dir.adapters, ever, now):
+            logger.info("Removed %d adapter(s) whose models were deleted", swept)
         known = await self._store.read(statements.select_statuses)
         if known:  # an empty database beside folders is more likely a lost one than a start with strays: keep them
             for name in await asyncio.to_thread(sweep_folders, self._data_dir.jobs, known.keys()):

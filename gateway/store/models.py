@@ -55,5 +55,11 @@ def delete(connection: Connection, project_id: str, name: str) -> bool:
     return connection.execute(update(models).where(*where).values(deleted_at=int(time.time()))).rowcount == 1
 
 
+def select_digests(connection: Connection) -> tuple[set[str], set[str]]:
+    """The digests of all adapters that there ever was a model of, and of those that there is one of now."""
+    rows = connection.execute(select(models.c.adapter_digest, models.c.deleted_at)).all()
+    return {row.adapter_digest for row in rows}, {row.adapter_digest for row in rows if row.deleted_at is None}
+
+
 def _model(row: RowMapping) -> ModelRow:
     return ModelRow(**{name: row[name] for name in ModelRow.__dataclass_fields__})

@@ -14,6 +14,7 @@ from gateway.engines.engine import Engine
 from gateway.jobs.barrier import VARIABLE
 from gateway.jobs.names import checkpoint_name, model_name
 from gateway.store import files as file_statements
+from gateway.store import models as model_statements
 from tests.engines.parts import as_adapter as adapter_in
 from tests.engines.parts import with_other_weights, write_manifest
 from tests.jobs.fake_trainer import Plan
@@ -199,3 +200,19 @@ async def test_an_adapter_that_changes_nothing_succeeds_with_a_warning(
         ended = await shop.wait_for((await shop.create()).id, "succeeded")
         warned = [event.message for event in await shop.events(ended.id) if event.level == "warn"]
         assert len(warned) == 1 and str(ended.fine_tuned_model) in warned[0]
+
+
+async def test_the_files_of_a_deleted_model_go_at_the_next_start_and_its_name_is_not_given_again(
+    tmp_path: Path, base: PreparedBase, engine: Engine, adapter: Path
+) -> None:
+    async with open_workshop(tmp_path, base, engine, Plan(adapter=str(adapter))) as shop:
+        names = [(await shop.wait_for((await shop.create()).id, "succeeded")).fine_tuned_model for _ in range(2)]
+        (folder,) = shop.data_dir.adapters.iterdir()  # the same weights are kept once
+        assert await shop.store.write(lambda c: model_statements.delete(c, "default", str(names[0])))
+        assert not await shop.store.write(lambda c: model_statements.delete(c, "default", str(names[0])))
+    async with open_workshop(tmp_path, base, engine) as shop:
+        assert folder.is_dir(), "the other model still needs it"
+        assert [row.name for row in await shop.models()] == names[1:]
+        assert await shop.store.write(lambda c: model_statements.delete(c, "default", str(names[1])))
+    async with open_workshop(tmp_path, base, engine) as shop:
+        assert not folder.exists() and await shop.models() == []

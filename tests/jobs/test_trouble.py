@@ -15,9 +15,9 @@ import pytest
 from gateway.bases import PreparedBase
 from gateway.engines.engine import Engine
 from gateway.jobdir import process_start_time
+from gateway.store import events as event_statements
 from gateway.store import jobs as statements
 from gateway.store.events import NewEvent
-from gateway.store import events as event_statements
 from tests.jobs.fake_trainer import Plan
 from tests.jobs.parts import FAKE_TRAINER, Workshop, open_workshop, until
 
