@@ -21,6 +21,8 @@ from gateway.jobdir import LOCKED_EXIT_CODE, Check, JobDir, JobSpec, Result, Tra
 from trainer.check import run_check
 from trainer.events import EventLog, told_checkpoints
 
+_STORAGE_FAILURES = ("PytorchStreamWriter", "inline_container", "I/O error", "os error")
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__.splitlines()[0])
@@ -50,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(job: JobDir) -> Result:
     """Trains the job to its end, whatever that is. Raises OSError where trying again may help."""
+    check = None
     try:
         spec = job.read_spec()
         check = job.read_check()
@@ -61,11 +64,11 @@ def run(job: JobDir) -> Result:
         if not job.adapter.is_dir():  # it may be there: killed just before the result
             _train(job, spec, check)
         return Result("succeeded", None, check.n_tokens * check.n_epochs, check.total_steps)
-    except OSError:
-        raise
     except Exception as error:  # the process boundary: logged, and recorded as the job's failure
+        if _is_storage_failure(error):
+            raise OSError(f"{job.path} cannot be written: {error}") from error
         traceback.print_exc()
-        return Result("failed", _explained(error))
+        return Result("failed", _explained(error, check))
 
 
 def _train(job: JobDir, spec: JobSpec, check: Check) -> None:
@@ -113,16 +116,20 @@ def _set_environment(threads: int) -> None:
     }
 
 
-def _explained(error: Exception) -> TrainerError:
-    if type(error).__name__ == "InvalidLoss":
-        return TrainerError("invalid_loss", str(error))
-    if isinstance(error, MemoryError) or "memory" in str(error).lower():
-        return TrainerError(
-            "out_of_memory",
-            "Training ran out of memory. Set a smaller batch_size, or split the longest examples",
-            "hyperparameters",
-        )
-    return TrainerError("trainer_error", f"The trainer stopped unexpectedly: {type(error).__name__}: {error}")
+def _is_storage_failure(error: BaseException) -> bool:
+    """Also when torch or safetensors report it in their own way."""
+    return isinstance(error, OSError) or any(words in str(error) for words in _STORAGE_FAILURES)
+
+
+def _explained(error: Exception, check: Check | None) -> TrainerError:
+    said = f"{type(error).__name__}: {error}"
+    if said.startswith("InvalidLoss"):
+        return TrainerError("invalid_loss", str(error), "hyperparameters")
+    if said.startswith(("MemoryError", "OutOfMemoryError")) or "DefaultCPUAllocator" in said:
+        size = f" (it was {check.batch_size})" if check else ""
+        message = f"Training ran out of memory. Set a smaller batch_size{size}, or split the longest examples"
+        return TrainerError("out_of_memory", message, "hyperparameters")
+    return TrainerError("trainer_error", f"The trainer stopped unexpectedly. {said}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Sampler
 from gateway.chat.render import IGNORED, TrainingSequence
 from trainer.dataset import Examples
 
+_BATCHES_SORTED_TOGETHER = 16
 _PAD = 0  # any id will do: padding is on the right, and no position looks to its right
 
 
@@ -30,29 +31,47 @@ def pad(sequences: Sequence[TrainingSequence]) -> dict[str, torch.Tensor]:
 
 
 class EpochOrder(Sampler[list[int]]):
-    """Batches of conversation numbers, shuffled anew each epoch."""
+    """Batches of conversation numbers, shuffled anew each epoch; a batch comes in passes of `pass_size`.
 
-    def __init__(self, size: int, batch_size: int, seed: int) -> None:
-        self.size, self.batch_size, self.seed, self.epoch = size, batch_size, seed, 0
+    Conversations of like length share a batch: each stretch of some batches is sorted by length, then the batches are
+    shuffled. On short requests to an assistant that saves a fifth of the work, which was padding.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, pass_size: int, seed: int) -> None:
+        """`pass_size` divides `batch_size`."""
+        self.lengths, self.batch_size, self.pass_size, self.seed = lengths, batch_size, pass_size, seed
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return math.ceil(self.size / self.batch_size)
+        return math.ceil(len(self.lengths) / self.pass_size)
 
     def __iter__(self) -> Iterator[list[int]]:
+        for batch in self._batches():
+            for start in range(0, len(batch), self.pass_size):
+                yield batch[start : start + self.pass_size]
+
+    def _batches(self) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.size, generator=generator).tolist()
-        for start in range(0, self.size, self.batch_size):
-            yield order[start : start + self.batch_size]
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        stretch = self.batch_size * _BATCHES_SORTED_TOGETHER
+        order = [
+            number
+            for start in range(0, len(order), stretch)
+            for number in sorted(order[start : start + stretch], key=self.lengths.__getitem__)
+        ]
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        short = [batches.pop()] if len(batches[-1]) < self.batch_size else []  # stays last: steps count full batches
+        return [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()] + short
 
 
 class Batches(DataLoader[dict[str, torch.Tensor]]):
-    """Padded batches of `batch_size` conversations; all sequences of a conversation are in the same batch."""
+    """Padded passes of conversations; all sequences of a conversation are in the same one."""
 
-    def __init__(self, examples: Examples, batch_size: int, seed: int) -> None:
-        self.order = EpochOrder(len(examples), batch_size, seed)
+    def __init__(self, examples: Examples, batch_size: int, pass_size: int, seed: int) -> None:
+        self.order = EpochOrder(examples.lengths(), batch_size, pass_size, seed)
         super().__init__(
             range(len(examples)),
             batch_sampler=self.order,
@@ -63,7 +82,7 @@ class Batches(DataLoader[dict[str, torch.Tensor]]):
         self.order.set_epoch(epoch)
 
 
-def micro_batch_size(batch_size: int, longest: int, token_budget: int = 16_384) -> int:
+def fitting_pass_size(batch_size: int, longest: int, token_budget: int = 16_384) -> int:
     """How many conversations fit one pass: the largest divisor of `batch_size` that keeps to the budget of tokens."""
     return next(
         size

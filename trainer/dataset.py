@@ -54,9 +54,15 @@ class Examples:
             found.append(TrainingSequence(ids, labels))
         return found
 
-    @property
-    def longest(self) -> int:
-        return max((end - start for start, end in zip(self.starts, self.starts[1:], strict=False)), default=0)
+    def lengths(self) -> array[int]:
+        """The longest sequence of each conversation."""
+        return array(
+            "i",
+            (
+                max(self.starts[n + 1] - self.starts[n] for n in range(first, last))
+                for first, last in zip(self.conversations, self.conversations[1:], strict=False)
+            ),
+        )
 
 
 @dataclass

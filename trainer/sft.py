@@ -26,7 +26,7 @@ from trl import SFTConfig, SFTTrainer
 
 from gateway.chat.bundle import TOKENIZER_FILE
 from gateway.jobdir import Check, JobDir, JobSpec, write_json
-from trainer.batches import Batches, micro_batch_size
+from trainer.batches import Batches, fitting_pass_size
 from trainer.dataset import Examples
 from trainer.export.adapter import write_adapter, write_peft_files
 from trainer.export.folder import complete_folder, sweep
@@ -90,7 +90,7 @@ class SupervisedTrainer(SFTTrainer):
 
     def __init__(self, run: Run, witness: Witness, progress: Progress) -> None:
         self.run, self.witness, self.progress = run, witness, progress
-        self.micro_batch_size = micro_batch_size(run.check.batch_size, run.training.longest)
+        self.pass_size = fitting_pass_size(run.check.batch_size, max(run.training.lengths()))
         super().__init__(
             model=run.model,
             args=self._config(),
@@ -102,7 +102,7 @@ class SupervisedTrainer(SFTTrainer):
         self.remove_callback(PrinterCallback)
 
     def get_train_dataloader(self) -> Batches:
-        return Batches(self.run.training, self.micro_batch_size, self.run.spec.seed)
+        return Batches(self.run.training, self.run.check.batch_size, self.pass_size, self.run.spec.seed)
 
     def compute_loss(
         self,
@@ -132,8 +132,8 @@ class SupervisedTrainer(SFTTrainer):
             gradient_checkpointing=False,
             seed=spec.seed,
             num_train_epochs=check.n_epochs,
-            per_device_train_batch_size=self.micro_batch_size,
-            gradient_accumulation_steps=check.batch_size // self.micro_batch_size,
+            per_device_train_batch_size=self.pass_size,
+            gradient_accumulation_steps=check.batch_size // self.pass_size,
             learning_rate=check.learning_rate_multiplier * base_learning_rate(self.run.model.config.hidden_size),
             lr_scheduler_type="cosine",
             warmup_steps=math.ceil(_WARMUP_SHARE * check.total_steps),

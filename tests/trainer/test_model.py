@@ -14,7 +14,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from gateway.chat.render import IGNORED, TrainingSequence
 from gateway.jobdir import BaseRef, JobDir, Lora
-from trainer.batches import Batches, EpochOrder, micro_batch_size, pad
+from trainer.batches import Batches, EpochOrder, fitting_pass_size, pad
 from trainer.dataset import Examples, load_examples, read_bundle
 from trainer.model import add_lora, base_learning_rate, load_base
 from trainer.scoring import evaluating, score, token_logprobs
@@ -98,7 +98,7 @@ def test_a_conversation_counts_once_and_its_sequences_stay_together() -> None:
         sequence = TrainingSequence([number + 1, 7], [IGNORED, 7])
         examples.append([sequence] * (1 + number % 3))
     seen = []
-    for batch in Batches(examples, batch_size=4, seed=1):
+    for batch in Batches(examples, batch_size=4, pass_size=4, seed=1):
         firsts = batch["input_ids"][:, 0].tolist()
         assert len(set(firsts)) <= 4
         assert all(firsts.count(first) == 1 + (first - 1) % 3 for first in set(firsts))
@@ -107,23 +107,38 @@ def test_a_conversation_counts_once_and_its_sequences_stay_together() -> None:
 
 
 def test_the_order_of_an_epoch_follows_from_seed_and_number_alone() -> None:
-    order = EpochOrder(20, 4, seed=3)
-    first = list(order)
-    order.set_epoch(1)
-    second = list(order)
-    assert first != second
-    fresh = EpochOrder(20, 4, seed=3)
-    fresh.set_epoch(1)
-    assert list(fresh) == second
-    assert list(EpochOrder(20, 4, seed=4)) != first
-    assert len(order) == 5
+    def order_of(seed: int, epoch: int) -> list[list[int]]:
+        order = EpochOrder([5] * 22, batch_size=4, pass_size=4, seed=seed)
+        order.set_epoch(epoch)
+        return list(order)
+
+    assert order_of(3, 0) == order_of(3, 0)
+    assert order_of(3, 0) != order_of(3, 1) != order_of(4, 1)
+    for epoch in (0, 1):
+        assert sorted(number for batch in order_of(3, epoch) for number in batch) == list(range(22))
+        assert [len(batch) for batch in order_of(3, epoch)] == [4, 4, 4, 4, 4, 2]
+
+
+def test_a_batch_in_passes_is_the_same_batch() -> None:
+    lengths = [n % 7 for n in range(22)]
+    whole = list(EpochOrder(lengths, batch_size=8, pass_size=8, seed=1))
+    passes = list(EpochOrder(lengths, batch_size=8, pass_size=4, seed=1))
+    assert [first + second for first, second in zip(passes[:4:2], passes[1:4:2], strict=True)] == whole[:2]
+    assert len(passes) == len(EpochOrder(lengths, batch_size=8, pass_size=4, seed=1)) == 6
+
+
+def test_conversations_of_like_length_share_a_batch() -> None:
+    lengths = [10 + (n * 7919) % 90 for n in range(64)]
+    batches = list(EpochOrder(lengths, batch_size=8, pass_size=8, seed=1))
+    padded = sum(8 * max(lengths[number] for number in batch) for batch in batches)
+    assert padded < 1.15 * sum(lengths)
 
 
 def test_a_pass_keeps_to_its_budget_of_tokens() -> None:
-    assert micro_batch_size(8, 100, token_budget=1000) == 8
-    assert micro_batch_size(32, 100, token_budget=1000) == 8
-    assert micro_batch_size(7, 500, token_budget=1000) == 1
-    assert micro_batch_size(4, 5000, token_budget=1000) == 1
+    assert fitting_pass_size(8, 100, token_budget=1000) == 8
+    assert fitting_pass_size(32, 100, token_budget=1000) == 8
+    assert fitting_pass_size(7, 500, token_budget=1000) == 1
+    assert fitting_pass_size(4, 5000, token_budget=1000) == 1
 
 
 def test_wide_models_learn_more_slowly() -> None:

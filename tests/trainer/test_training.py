@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,8 @@ from gateway.engines.adapters import check_adapter
 from gateway.jobdir import ADAPTER_FILES, LOCKED_EXIT_CODE, Event, Hyperparameters, JobDir, read_events
 from tests.tiny_model import write_job
 from tests.trainer.conftest import folder_bytes, new_job, run_trainer
+from trainer.__main__ import _explained
+from trainer.check import run_check
 
 
 def events_of(job: JobDir, attempt: int = 1) -> list[Event]:
@@ -63,14 +66,6 @@ def test_there_is_a_checkpoint_an_epoch_and_the_last_three_are_kept(finished_job
     assert all("full_valid_loss" in event.data for event in told)
     for parent in (finished_job.checkpoints, finished_job.path / "adapter_checkpoints"):
         assert sorted(path.name for path in parent.iterdir()) == ["step-50", "step-55", "step-60"]
-
-
-def test_the_same_job_trained_twice_gives_the_same_bytes(
-    finished_job: JobDir, tiny_base: Path, files: Path, tmp_path: Path
-) -> None:
-    again = new_job(tmp_path / "again", tiny_base, files)
-    assert run_trainer(again).returncode == 0
-    assert folder_bytes(again.adapter) == folder_bytes(finished_job.adapter)
 
 
 def test_a_killed_job_goes_on_and_ends_in_the_same_bytes(
@@ -152,6 +147,33 @@ def test_a_loss_that_is_no_number_fails_the_job(tiny_base: Path, files: Path, tm
     assert (result.status, result.error.code) == ("failed", "invalid_loss")
     assert "learning_rate_multiplier" in result.error.message
     assert not job.adapter.exists()
+
+
+def test_a_full_disk_leaves_no_result_and_training_anew_gives_the_same_bytes(
+    finished_job: JobDir, tiny_base: Path, files: Path, tmp_path: Path
+) -> None:
+    job = new_job(tmp_path / "job", tiny_base, files)
+    small = 60_000  # bytes a file may have: enough for all but the optimizer's state
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer", str(job.path)],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (small, resource.RLIM_INFINITY)),
+    )
+    assert done.returncode == 1, done.stderr
+    assert "cannot be written" in done.stderr
+    assert job.read_result() is None and not list(job.checkpoints.iterdir())
+    assert run_trainer(job).returncode == 0
+    assert folder_bytes(job.adapter) == folder_bytes(finished_job.adapter)
+
+
+def test_running_out_of_memory_fails_the_job_with_what_to_change(tiny_base: Path, files: Path, tmp_path: Path) -> None:
+    job = write_job(tmp_path / "job", tiny_base, files / "train.jsonl")
+    check = run_check(job, job.read_spec())
+    for error in (MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")):
+        explained = _explained(error, check)
+        assert explained.code == "out_of_memory"
+        assert "smaller batch_size (it was 4)" in explained.message
 
 
 def test_an_error_of_the_data_fails_the_job_without_an_attempt(tiny_base: Path, tmp_path: Path) -> None:
