@@ -58,7 +58,14 @@ def main() -> int:
         with ThreadPoolExecutor(1) as pool:
             digest = pool.submit(_digest, options.model)  # beside the proof: both read the whole file
             mode = prove(options.model, options.threads)
-            return Worker(options, mode, key, listener, digest).run()
+            from gateway.llama_worker.native import NativeError  # imports llama.cpp: not before it is proved
+
+            try:
+                worker = Worker(options, mode, key, listener, digest)
+            except NativeError as error:  # say, no memory for the context
+                log.critical("%s", error)
+                return 1
+            return worker.run()
     except (NoWorkingMode, OSError) as error:
         log.critical("%s", error)
         return 1
