@@ -33,7 +33,7 @@ class WitnessMismatch(AdapterRejected):
 class Tolerances:
     """How far an engine may be from the trainer; `tests/bench/witness_margins.py` shows what they were set by."""
 
-    base_error: float = 0.25  # mean |engine − trainer| of the base's own log-probabilities, nats
+    base_error: float = 0.15  # mean |engine − trainer| of the base's own log-probabilities, nats
     relative_error: float = 0.06  # of the effect's size …
     noise_factor: float = 2.5  # … and so many times the engine's own rounding, as its scores of the base show it
     floor: float = 0.01  # nats
