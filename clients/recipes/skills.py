@@ -132,12 +132,13 @@ def tune(client: OpenAI, training: Path, options: argparse.Namespace, console: C
     hyperparameters: dict[str, Any] = {"n_epochs": options.epochs, "batch_size": options.batch_size}
     if options.learning_rate_multiplier is not None:
         hyperparameters["learning_rate_multiplier"] = options.learning_rate_multiplier
+    method: Any = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
     job = client.fine_tuning.jobs.create(
         model=options.model,
         training_file=uploaded.id,
         suffix=options.suffix,
         seed=options.seed,
-        method={"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},  # type: ignore[typeddict-item]
+        method=method,
     )
     console.print(f"job {job.id} with {uploaded.id}", highlight=False)
     started, seen = time.monotonic(), set[str]()
