@@ -141,8 +141,10 @@ def test_a_kill_during_the_proof_takes_the_child_along(slow_model: Path, tmp_pat
     worker.process.kill()
     worker.process.wait()
     worker.close()
-    _, alive = psutil.wait_procs(children, timeout=3)
-    assert alive == []
+    deadline = time.monotonic() + 3
+    while any(_runs(child) for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_an_empty_key_is_refused(tiny_model: Path, tmp_path: Path) -> None:
@@ -167,3 +169,10 @@ def test_a_small_model_gets_no_more_threads_than_it_has_work_for() -> None:
 def test_importing_the_package_loads_no_llama_cpp() -> None:
     code = "import sys, gateway.llama_worker; sys.exit('llama_cpp' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ, check=False).returncode == 0
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)  # dead already, where nobody has collected it
+    except psutil.NoSuchProcess:
+        return False
