@@ -366,12 +366,16 @@ def _error_message(body: Any) -> str:
 
 
 def _refusal(status: int, retry_after: int | None, body: bytes) -> Exception:
+    param = None
     try:
-        message = _error_message(orjson.loads(body))
+        told = orjson.loads(body)
+        message = _error_message(told)
+        if isinstance(told, dict) and isinstance(told.get("error"), dict):
+            param = told["error"].get("param")
     except orjson.JSONDecodeError:
         message = body[:200].decode("utf-8", "replace")
     if status in (429, 503):
         return EngineUnavailable(f"the engine is busy: {message}", retry_after_s=retry_after or 1)
     if status == 400:
-        return RequestError(f"the engine refused the request: {message}")
+        return RequestError(f"the engine refused the request: {message}", param=param)
     return EngineError(f"the engine answered {status}: {message}")

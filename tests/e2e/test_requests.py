@@ -49,6 +49,7 @@ def test_an_unknown_model_is_404_model_not_found(server: Server) -> None:
         ({**HELLO, "messages": []}, "messages"),
         ({**HELLO, "temperature": "warm"}, "temperature"),
         ({**HELLO, "n": 1_000_000_000}, "n"),
+        ({**HELLO, "n": 100}, "n"),
         ({**HELLO, "max_tokens": True}, "max_tokens"),
         ({**HELLO, "colour": "blue"}, "colour"),
         ({"messages": HELLO["messages"]}, "model"),
