@@ -135,7 +135,10 @@ class Supervisor:
         self._main_task = asyncio.create_task(self._main(), name="jobs")
 
     async def stop(self) -> None:
-        """Lets go of every job; trainers go on, and the next start takes them over."""
+        """Lets go of every job; trainers go on, and the next start takes them over. Those of cancelled jobs end first."""
+        cancelled = [drive.task for drive in self._drives.values() if drive.task is not None and drive.stop.is_set()]
+        if cancelled:
+            await asyncio.wait(cancelled, timeout=END_GRACE_S + 1.0)
         tasks = [self._main_task, *(drive.task for drive in self._drives.values()), *self._ending]
         running = [task for task in tasks if task is not None]
         for task in running:

@@ -20,6 +20,8 @@ from typing import Any
 
 from gateway.jobdir import LOCKED_EXIT_CODE, Check, Event, JobDir, Result, TrainerError
 
+GATE_TIMEOUT_S = 120.0
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -112,13 +114,14 @@ class Trainer:
     def _misbehave(self, step: int) -> None:
         plan = self.plan
         if step == plan.gate_at and plan.gate:
-            while not Path(plan.gate).exists():
+            until = time.monotonic() + GATE_TIMEOUT_S  # a test that fails must leave no process behind
+            while not Path(plan.gate).exists() and time.monotonic() < until:
                 time.sleep(0.01)
         if plan.kill_at.get(self.attempt) == step or plan.always_kill_at == step:
             print(f"about to die at step {step}", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
         if plan.hang_at.get(self.attempt) == step:
-            time.sleep(3600)
+            time.sleep(GATE_TIMEOUT_S)
 
     def _say(self, type: Any, message: str, data: dict[str, Any]) -> None:
         self.seq += 1

@@ -100,6 +100,7 @@ async def test_lists_are_newest_first_by_pages_and_filtered_by_metadata(
         for job_id in made:
             cancelled = await jobs.cancel(job_id)
             assert cancelled.status == "cancelled" and (await jobs.cancel(job_id)).id == job_id
+    assert not any(shop.folder_of(job_id).is_locked() for job_id in made), "stopping waits for what it is to end"
 
 
 async def test_bad_requests_get_the_right_error(tmp_path: Path, base: PreparedBase, engine: Engine) -> None:
