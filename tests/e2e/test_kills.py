@@ -17,6 +17,9 @@ from tests.e2e import training
 from tests.server import Server
 
 
+pytestmark = pytest.mark.timeout(1200)  # real training, on however many cores there are
+
+
 @pytest.fixture
 def mortal(tmp_path: Path) -> Iterator[Server]:
     """A server of the test's own, to be killed."""
@@ -41,7 +44,7 @@ def is_alive(pid: int) -> bool:
 def test_a_job_survives_the_gateway_and_the_tuned_model_survives_the_worker(mortal: Server) -> None:
     client = mortal.client()
     file_id = training.upload(client, training.examples("omega"))
-    job = training.create(client, "tunegate-demo", file_id, n_epochs=30)
+    job = training.create(client, "tunegate-demo", file_id, n_epochs=15)
     training.wait_for(client, job.id, {"running"})
     deadline = time.monotonic() + 60
     while not any("Step" in message for message in training.messages(client, job.id)):
@@ -82,7 +85,7 @@ def test_a_job_survives_the_gateway_and_the_tuned_model_survives_the_worker(mort
 
 def test_a_gateway_killed_again_and_again_leaves_one_engine_and_one_trainer(mortal: Server) -> None:
     client = mortal.client()
-    job = training.create(client, "tunegate-demo", training.upload(client, training.examples("sigma")), n_epochs=25)
+    job = training.create(client, "tunegate-demo", training.upload(client, training.examples("sigma")), n_epochs=15)
     engine = worker_pid(mortal)
     for pause_s in (0.0, 0.3, 1.5, 3.0, 5.0):
         time.sleep(pause_s)

@@ -14,6 +14,9 @@ from tests.e2e import training
 from tests.server import Server
 
 
+pytestmark = pytest.mark.timeout(1200)  # real training, on however many cores there are
+
+
 @pytest.mark.parametrize("base", ["tunegate-demo", ALIAS])
 def test_the_sdk_walks_the_whole_life_of_a_job(server: Server, base: str) -> None:
     client = server.client()

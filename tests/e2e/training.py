@@ -46,11 +46,11 @@ def create(client: OpenAI, model: str, file_id: str, *, n_epochs: int = 4, **fie
     )
 
 
-def wait_for_end(client: OpenAI, job_id: str, timeout_s: float = 240) -> FineTuningJob:
+def wait_for_end(client: OpenAI, job_id: str, timeout_s: float = 500) -> FineTuningJob:
     return wait_for(client, job_id, {"succeeded", "failed", "cancelled"}, timeout_s)
 
 
-def wait_for(client: OpenAI, job_id: str, statuses: set[str], timeout_s: float = 240) -> FineTuningJob:
+def wait_for(client: OpenAI, job_id: str, statuses: set[str], timeout_s: float = 500) -> FineTuningJob:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         job = client.fine_tuning.jobs.retrieve(job_id)
