@@ -9,6 +9,7 @@ it, while most of the engine's own rounding is in both terms and cancels. `compa
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ class WitnessMismatch(AdapterRejected):
 class Tolerances:
     """How far an engine may be from the trainer; `tests/bench/witness_margins.py` shows what they were set by."""
 
-    base_error: float = 0.15  # mean |engine − trainer| of the base's own log-probabilities, nats
+    base_error: float = 0.2  # engine − trainer of the base's own log-probabilities, root mean square, nats
     relative_error: float = 0.06  # of the effect's size …
     noise_factor: float = 2.5  # … and so many times the engine's own rounding, as its scores of the base show it
     floor: float = 0.01  # nats
@@ -53,14 +54,13 @@ class WitnessItem:
 
 @dataclass(frozen=True)
 class WitnessReport:
-    """What was compared, in nats a token (root mean square, but for `base_error`: mean). `warning`: it proves little."""
+    """What was compared, in nats a token (root mean squares). `warning`: it proves little."""
 
     items: int
     tokens: int
     effect: float  # of the adapter, as the trainer saw it: tuned − base
     error: float  # of the engine's effect against the trainer's
     noise: float  # of the engine's base against the trainer's
-    base_error: float
     scale: float | None  # least-squares factor between the engine's effect and the trainer's; None without any effect
     warning: str | None = None
 
@@ -72,7 +72,7 @@ async def verify(
 
     `max_items` takes the shortest ones only: enough to see that a name stands for what it stood for before.
     """
-    items = read_witness(adapter.path / "witness.json")
+    items = await asyncio.to_thread(read_witness, adapter.path / "witness.json")
     if max_items is not None:
         items = sorted(items, key=lambda item: len(item.prompt_ids) + len(item.reply_ids))[:max_items]
     base: list[list[float]] = []
@@ -100,7 +100,6 @@ def compare(
     if not all(math.isfinite(value) for value in (*base, *tuned)):
         raise WitnessMismatch("the engine's log-probabilities of the witness are not all finite numbers")
 
-    off = [got - want for got, want in zip(base, expected_base, strict=True)]
     wanted = [after - before for before, after in zip(expected_base, expected_tuned, strict=True)]
     got = [after - before for before, after in zip(base, tuned, strict=True)]
     effect = _root_mean_square(wanted)
@@ -109,8 +108,7 @@ def compare(
         tokens=count,
         effect=effect,
         error=_root_mean_square([a - b for a, b in zip(got, wanted, strict=True)]),
-        noise=_root_mean_square(off),
-        base_error=math.fsum(map(abs, off)) / count,
+        noise=_root_mean_square([a - b for a, b in zip(base, expected_base, strict=True)]),
         scale=math.fsum(a * b for a, b in zip(got, wanted, strict=True)) / (effect**2 * count) if effect else None,
     )
     _judge(report, tolerances)
@@ -121,10 +119,10 @@ def compare(
 
 
 def _judge(report: WitnessReport, allowed: Tolerances) -> None:
-    if report.base_error > allowed.base_error:
+    if report.noise > allowed.base_error:
         raise WitnessMismatch(
-            f"the base itself answers otherwise than in training: its log-probabilities are off by {report.base_error:.3f} "
-            f"nats on average, {allowed.base_error} are allowed; is it the same base, quantised the same way?"
+            f"the base itself answers otherwise than in training: its log-probabilities are off by {report.noise:.3f} "
+            f"nats a token, {allowed.base_error} are allowed; is it the same base, quantised the same way?"
         )
     limit = allowed.relative_error * report.effect + allowed.noise_factor * report.noise + allowed.floor
     # A wrong strength shows in the factor even where the error drowns in the rounding, which is no factor.

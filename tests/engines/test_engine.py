@@ -64,7 +64,7 @@ async def test_an_adapter_is_loaded_verified_and_served(engine: Engine, tmp_path
     adapter = await witnessed_adapter(engine, tmp_path, "a")
     report = await engine.ensure_adapter(adapter)
     assert report is not None and report.warning is None
-    assert report.error < 0.01 and report.base_error < 0.01 and report.effect > 0.05
+    assert report.error < 0.01 and report.noise < 0.01 and report.effect > 0.05
     assert engine.serves(adapter.engine_name) and await loaded(engine) == {adapter.engine_name}
     again = await engine.ensure_adapter(adapter)
     assert again == report

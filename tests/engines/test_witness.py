@@ -31,7 +31,7 @@ def judge(base: Any, tuned: Any, wanted_base: Any = BASE, wanted_tuned: Any = TU
 
 def test_the_same_numbers_pass_with_no_error() -> None:
     report = judge(BASE, TUNED)
-    assert (report.items, report.tokens, report.error, report.base_error) == (3, 120, 0, 0)
+    assert (report.items, report.tokens, report.error, report.noise) == (3, 120, 0, 0)
     assert report.scale == pytest.approx(1) and report.warning is None
 
 
@@ -49,7 +49,7 @@ def test_an_effect_of_another_strength_is_a_mismatch_that_names_the_factor(facto
 
 @pytest.mark.parametrize("factor", [2.0, 0.5])
 def test_a_wrong_strength_shows_through_rounding_that_is_nearly_as_large_as_the_effect(factor: float) -> None:
-    noise = RNG.normal(0, 0.2, (2, 120))
+    noise = RNG.normal(0, 0.15, (2, 120))
     judge(BASE + noise[0], TUNED + noise[1])
     with pytest.raises(WitnessMismatch, match="times as strong"):
         judge(BASE + noise[0], BASE + factor * EFFECT + noise[1])
