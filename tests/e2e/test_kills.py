@@ -16,7 +16,6 @@ import pytest
 from tests.e2e import training
 from tests.server import Server
 
-
 pytestmark = pytest.mark.timeout(1200)  # real training, on however many cores there are
 
 

@@ -13,7 +13,6 @@ from tests.conftest import ALIAS
 from tests.e2e import training
 from tests.server import Server
 
-
 pytestmark = pytest.mark.timeout(1200)  # real training, on however many cores there are
 
 
