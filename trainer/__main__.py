@@ -20,7 +20,9 @@ from pathlib import Path
 from gateway.jobdir import LOCKED_EXIT_CODE, Check, JobDir, JobSpec, Result, TrainerError
 from trainer.check import run_check
 from trainer.events import EventLog, told_checkpoints
+from trainer.export.folder import sweep
 
+# how torch and safetensors report what Python would raise OSError for
 _STORAGE_FAILURES = ("PytorchStreamWriter", "inline_container", "I/O error", "os error")
 
 
@@ -61,17 +63,22 @@ def run(job: JobDir) -> Result:
             job.write_check(check)
         if check.error is not None:
             return Result("failed", check.error)
+        sweep(job.path)
         if not job.adapter.is_dir():  # it may be there: killed just before the result
-            _train(job, spec, check)
+            told = told_checkpoints(job)
+            with EventLog(job.events_path(job.next_attempt())) as events:  # before the imports: seen to be at work
+                _train(job, spec, check, events, told)
         return Result("succeeded", None, check.n_tokens * check.n_epochs, check.total_steps)
     except Exception as error:  # the process boundary: logged, and recorded as the job's failure
-        if _is_storage_failure(error):
+        if isinstance(error, OSError):
+            raise
+        if any(words in str(error) for words in _STORAGE_FAILURES):
             raise OSError(f"{job.path} cannot be written: {error}") from error
         traceback.print_exc()
         return Result("failed", _explained(error, check))
 
 
-def _train(job: JobDir, spec: JobSpec, check: Check) -> None:
+def _train(job: JobDir, spec: JobSpec, check: Check, events: EventLog, told: set[int]) -> None:
     _set_environment(spec.threads)
     warnings.simplefilter("ignore", FutureWarning)  # the pinned libraries' words to one another
     # torch, transformers and trl take seconds to import: only a job that will train pays for them
@@ -80,23 +87,19 @@ def _train(job: JobDir, spec: JobSpec, check: Check) -> None:
     from trainer import model, sft
     from trainer.dataset import load_examples, read_bundle
     from trainer.export.adapter import write_adapter
-    from trainer.export.folder import sweep
     from trainer.progress import Progress
 
     torch.set_num_threads(spec.threads)
-    sweep(job.path)
-    told = told_checkpoints(job)
     bundle = read_bundle(job)
     training = load_examples(job.path / spec.training_file.path, bundle, spec.max_length)
     validation = None
     if spec.validation_file is not None:
         validation = load_examples(job.path / spec.validation_file.path, bundle, spec.max_length)
     tuned = model.add_lora(model.load_base(spec.base), spec.lora, spec.seed)
-    with EventLog(job.events_path(job.next_attempt())) as events:
-        progress = Progress(events, check, tuned, validation, told)
-        witness = sft.train(sft.Run(job, spec, check, tuned, training, validation), progress)
-        write_adapter(job.adapter, tuned, job, spec, witness.score(tuned))
-        events.sync()
+    progress = Progress(events, check, tuned, validation, told)
+    witness = sft.train(sft.Run(job, spec, check, tuned, training, validation), progress)
+    write_adapter(job.adapter, tuned, job, spec, witness.score(tuned))
+    events.sync()
 
 
 def _set_environment(threads: int) -> None:
@@ -114,11 +117,6 @@ def _set_environment(threads: int) -> None:
         "OMP_WAIT_POLICY": "PASSIVE",
         "MKL_NUM_THREADS": str(threads),
     }
-
-
-def _is_storage_failure(error: BaseException) -> bool:
-    """Also when torch or safetensors report it in their own way."""
-    return isinstance(error, OSError) or any(words in str(error) for words in _STORAGE_FAILURES)
 
 
 def _explained(error: Exception, check: Check | None) -> TrainerError:
