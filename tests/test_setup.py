@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
-from importlib.metadata import PackageNotFoundError, requires, version
+import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires, version
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from packaging.utils import canonicalize_name
 from deploy.setup_venv import AMX_OFF, llama_cmake_args, pinned, wheel_key
 
 ROOT = Path(__file__).resolve().parent.parent
+OURS = {"gateway", "trainer", "clients", "deploy", "tests"}
 PINS = dict(re.findall(r"^([a-z0-9-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
 
 
@@ -80,3 +84,32 @@ def test_every_package_that_setup_installs_is_pinned_at_the_version_that_is_here
 
 def test_what_setup_asks_for_by_version_is_pinned() -> None:
     assert (pinned("torch"), pinned("llama-cpp-python")) == (PINS["torch"], PINS["llama-cpp-python"])
+
+
+@pytest.mark.parametrize(
+    ("folder", "extras"),
+    [
+        ("gateway", ()),
+        ("gateway/llama_worker", ("llama",)),
+        ("trainer", ("llama", "train")),
+        ("clients", ("dev",)),
+        ("deploy", ("llama", "train")),
+        ("tests", ("llama", "train", "dev")),
+    ],
+)
+def test_every_library_that_is_imported_is_declared_in_pyproject(folder: str, extras: tuple[str, ...]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
+    declared = {canonicalize_name(Requirement(line).name) for line in lines}
+    homes = packages_distributions()
+    missing = set()
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        if folder == "gateway" and "llama_worker" in path.parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+            for top in {name.split(".")[0] for name in names} - OURS - sys.stdlib_module_names:
+                if not declared & {canonicalize_name(home) for home in homes.get(top, [top])}:
+                    missing.add(f"{path.relative_to(ROOT)} imports {top}")
+    assert sorted(missing) == []
