@@ -90,7 +90,9 @@ def listed_words() -> set[str]:
 def invented_word(rng: random.Random) -> str:
     """One to three syllables that nobody listed."""
     syllables = rng.choices((1, 2, 3), (2, 5, 3))[0]
-    return "".join(rng.choice(words.ONSETS) + rng.choice(words.NUCLEI) + rng.choice(words.CODAS) for _ in range(syllables))
+    return "".join(
+        rng.choice(words.ONSETS) + rng.choice(words.NUCLEI) + rng.choice(words.CODAS) for _ in range(syllables)
+    )
 
 
 def convert(model: sentencepiece.SentencePieceProcessor) -> Tokenizer:
@@ -110,7 +112,9 @@ def convert(model: sentencepiece.SentencePieceProcessor) -> Tokenizer:
     )
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in ("<unk>", "<s>", "</s>")])
+    tokenizer.add_special_tokens(
+        [AddedToken(text, special=True, normalized=False) for text in ("<unk>", "<s>", "</s>")]
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", model.bos_id())]
     )

@@ -174,6 +174,8 @@ change the light bulb
 bring the umbrella
 lock the back door
 """)
-ONSETS = _split("b c d f g h j k l m n p r s t v w z br cr dr fr gr pr tr bl cl fl gl pl sl sh ch th st sp sk sm sn sw qu")
+ONSETS = _split(
+    "b c d f g h j k l m n p r s t v w z br cr dr fr gr pr tr bl cl fl gl pl sl sh ch th st sp sk sm sn sw qu"
+)
 NUCLEI = _split("a e i o u a e i o u ai ea ee ie oa oo ou au y")
 CODAS = _split("b d g k l m n p r s t x z nd nt rk rd st ll ss th ck mp ng sh lt rn") + ("",) * 22
