@@ -36,8 +36,9 @@ class ReplyReader:
 
     def finish(self, *, at_stop: bool) -> str:
         """What was held back: all of it, but for the template's tail when the reply ended at its stop."""
-        rest = self._decode(b"", True)
-        held, self._held = self._held + rest, ""
+        if self.stopped:
+            return ""
+        held, self._held = self._held + self._decode(b"", True), ""
         if at_stop and self._tail:
             held = held.removesuffix(self._tail)
         return held

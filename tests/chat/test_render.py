@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from fastchat.conversation import get_conv_template
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -208,6 +208,7 @@ def test_replies_read_back_as_they_were_however_the_ids_are_split(template: str,
 
 @settings(max_examples=60, deadline=None)
 @given(text=words, stop=st.text("abST oplé", min_size=1, max_size=4), width=st.integers(1, 5))
+@example(text="é", stop="é", width=3)  # half of the next character is read together with the stop
 def test_a_stop_string_cuts_the_reply_wherever_the_ids_are_split(text: str, stop: str, width: int) -> None:
     bundle = bundle_for("chatml")
     ids = bundle.tokenizer.encode(text + stop + "rest")
