@@ -238,4 +238,6 @@ def test_any_ids_at_all_are_read_and_valid_text_reads_as_the_tokenizer_decodes_i
     reader = ReplyReader(bundle, raw=True)
     shown = reader.feed(ids) + reader.finish(at_stop=False)
     if not set(ids) & bundle.tokenizer.control_id_set:
-        assert shown.removeprefix(" ") == bundle.tokenizer.decode(ids).removeprefix(" ")
+        # SentencePiece's decoder takes off the space that its encoder put in front; a reply goes on after a prompt.
+        expected = shown.removeprefix(" ") if tokenizer is sentencepiece_like else shown
+        assert expected == bundle.tokenizer.decode(ids)
