@@ -211,7 +211,7 @@ def test_replies_read_back_as_they_were_however_the_ids_are_split(template: str,
 @example(text="é", stop="é", width=3)  # half of the next character is read together with the stop
 def test_a_stop_string_cuts_the_reply_wherever_the_ids_are_split(text: str, stop: str, width: int) -> None:
     bundle = bundle_for("chatml")
-    ids = bundle.tokenizer.encode(text + stop + "rest")
+    ids = bundle.tokenizer.encode(bundle.tokenizer.mark(text + stop + "rest"))
     reader, shown = ReplyReader(bundle, [stop], raw=True), ""
     for at in range(0, len(ids), width):
         shown += reader.feed(ids[at : at + width])
