@@ -202,7 +202,7 @@ def test_replies_read_back_as_they_were_however_the_ids_are_split(template: str,
     text.write(reader.feed(ids[at:]))
     text.write(reader.finish(at_stop=True))
     assert text.getvalue() == expected
-    if not template == "llama-3" or reply == reply.strip():
+    if template != "llama-3" or reply == reply.strip():
         assert expected.strip() == reply.strip()
 
 
