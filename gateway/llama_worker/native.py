@@ -37,8 +37,10 @@ class NativeLog:
 
     def __init__(self) -> None:
         self._errors: list[str] = []
-        self._callback = llama.llama_log_callback(self._receive)  # kept: ctypes does not own what it hands to C
-        llama.llama_log_set(self._callback, ctypes.c_void_p())
+        callback = llama.llama_log_callback(self._receive)
+        # llama.cpp keeps the pointer for the life of the process and logs through it whenever it likes; so it never dies.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(callback))
+        llama.llama_log_set(callback, ctypes.c_void_p())
 
     def take_errors(self) -> str:
         """The error lines since the last call, joined, and forgotten."""
