@@ -65,7 +65,7 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="unseen: hold out only requests whose argument values stand nowhere in the training file",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate-multiplier", type=float)
     parser.add_argument("--out", type=Path, help="where to keep training.jsonl, held_out.jsonl and report.json")

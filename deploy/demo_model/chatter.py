@@ -28,7 +28,9 @@ def echo(rng: random.Random) -> Turn:
     if not values:
         return request, "I can not do that, I only talk."
     both = " and ".join(values)
-    return request, f"I do not know much about {both}." if request.endswith("?") else f"I can not do that, but I heard {both}."
+    return request, f"I do not know much about {both}." if request.endswith(
+        "?"
+    ) else f"I can not do that, but I heard {both}."
 
 
 def greeting(rng: random.Random) -> Turn:

@@ -1,22 +1,18 @@
-"""The demo model's weights: a small Llama pre-trained once on `corpus`, in some twenty minutes on two cores.
+"""The demo model's weights: a small Llama pre-trained once on `corpus`, in some forty minutes on two busy cores.
 
-Place in the flow: corpus, tokenizer → **pretrain** → model.safetensors. One rule: what is learnt is what is served:
-conversations are rendered by gateway.chat with the `vicuna_v1.1` template. The system prompt, the same in every
-conversation, stands once at the head of a row; the row's conversations all look back at it and not at one another.
+Place in the flow: start, rows → **pretrain** → model.safetensors. One rule: the weights that count are those that q4_0
+keeps, so the last part of the training rounds them as q4_0 will, and the figures are taken after it.
 
-    python -m deploy.demo_model.pretrain [--minutes 22] [--out DIR]
+    python -m deploy.demo_model.pretrain [--steps N] [--seed N] [--out DIR] [--start DIR]
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,38 +22,15 @@ from gguf.quants import dequantize, quantize
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from deploy.demo_model import corpus
+from deploy.demo_model.rows import BOS, EOS, ROW_LENGTH, Row, branches, pack, packed_rows, system_ids
 from deploy.demo_model.start import lay_copying
 from deploy.demo_model.tokenizer import CONTEXT_LENGTH, HERE, VOCABULARY_SIZE
 from gateway.chat.bundle import Bundle, make_bundle
-from gateway.chat.conversation import Message
-from gateway.chat.render import IGNORED, render_example, render_prompt
+from gateway.chat.render import IGNORED
 
 SEED, HELD_OUT_SEED = 7, 1_000_003
-BOS, EOS = 1, 2
-FIRST_PIECE = 259  # the first after the special tokens and the bytes
-FRAMES = (
-    (" USER: Repeat: ", " ASSISTANT: ", ""),
-    (" USER: Say ", " ASSISTANT: ", ""),
-    (" USER: Tell me about ", " please ASSISTANT: I do not know much about ", "."),
-    (" USER: What about ", "? ASSISTANT: You said ", "."),
-    (' USER: Write "', '" ASSISTANT: "', '"'),
-    (" USER: Write x=", ' now. ASSISTANT: x="', '"'),
-    (" USER: Use go(to). Bring ", ' there. ASSISTANT: go(to="', '")'),
-)
-ROW_LENGTH, ROWS, STEPS, REPORT_EVERY = 320, 8, 900, 50
-PEAK_LEARNING_RATE, WARMUP_STEPS, ROUNDED_SHARE = 6e-4, 25, 0.15
-NOISE_SHARE_START, NOISE_SHARE_END, NOISE_PART = 0.35, 0.15, 0.4  # of rows' branches that repeat random pieces
-
-
-@dataclass(frozen=True)
-class Branch:
-    """One example in ids: labels as in gateway.chat; `follows_system` says whether it continues the system prompt."""
-
-    kind: str
-    ids: list[int]
-    labels: list[int]
-    follows_system: bool
+ROWS, STEPS, REPORT_EVERY = 8, 900, 50
+MATRIX_RATE, EMBEDDING_RATE, WARMUP_STEPS, ROUNDED_SHARE = 7e-3, 6e-4, 25, 0.15
 
 
 def main() -> None:
@@ -67,9 +40,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--start", type=Path, help="a folder with weights to go on from")
-    parser.add_argument("--lr", type=float, default=PEAK_LEARNING_RATE)
-    parser.add_argument("--rows", type=int, default=ROWS)
-    parser.add_argument("--muon", type=float, default=0.006)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(SEED)
@@ -102,22 +72,13 @@ def configuration() -> LlamaConfig:
 def train(model: LlamaForCausalLM, bundle: Bundle, options: argparse.Namespace) -> None:
     """AdamW, warm-up and cosine by the clock; the last part sees the weights as q4_0 will round them."""
     prefix = system_ids(bundle)
-    rows = packed_rows(bundle, prefix, options.steps * options.rows, options.seed)
+    rows = packed_rows(bundle, prefix, options.steps * ROWS, options.seed)
     matrices, embedding_and_norms = matrices_of(model), [p for p in model.parameters() if p.dim() == 1]
     embedding_and_norms.append(model.model.embed_tokens.weight)
-    optimisers = [
-        torch.optim.AdamW(
-            embedding_and_norms + ([] if options.muon else matrices),
-            lr=options.lr,
-            betas=(0.9, 0.98),
-            weight_decay=0.01,
-            fused=True,
-        )
+    optimisers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr=MATRIX_RATE, momentum=0.95, weight_decay=0.01, adjust_lr_fn="original"),
+        torch.optim.AdamW(embedding_and_norms, lr=EMBEDDING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
     ]
-    if options.muon:
-        optimisers.append(
-            torch.optim.Muon(matrices, lr=options.muon, momentum=0.95, weight_decay=0.01, adjust_lr_fn="original")
-        )
     peaks = [(group, group["lr"]) for optimiser in optimisers for group in optimiser.param_groups]
     smooth = 0.0
     started = time.monotonic()
@@ -127,7 +88,7 @@ def train(model: LlamaForCausalLM, bundle: Bundle, options: argparse.Namespace) 
             done = step / options.steps
             for group, peak in peaks:
                 group["lr"] = peak * min(step / WARMUP_STEPS, 0.02 + 0.49 * (1 + math.cos(math.pi * done)))
-            loss = train_step(model, [next(rows) for _ in range(options.rows)], rounding=done > 1 - ROUNDED_SHARE)
+            loss = train_step(model, [next(rows) for _ in range(ROWS)], rounding=done > 1 - ROUNDED_SHARE)
             for optimiser in optimisers:
                 optimiser.step()
             model.zero_grad(set_to_none=True)
@@ -152,101 +113,6 @@ def train_step(model: LlamaForCausalLM, batch: list[Row], rounding: bool) -> flo
         parameter.data = values
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     return loss.item()
-
-
-def system_ids(bundle: Bundle) -> list[int]:
-    """BOS and the template's default system prompt: what two prompts have in common, less the turn's own start."""
-    one, two = (render_prompt(bundle, [Message("user", text)]).ids for text in ("one", "two"))
-    same = next(index for index, (left, right) in enumerate(zip(one, two, strict=False)) if left != right)
-    user = bundle.tokenizer.encode(" USER: ")
-    user = user[user[0] == BOS :]
-    return one[: same - len(user)]
-
-
-def branches(bundle: Bundle, prefix: list[int], seed: int) -> Iterator[Branch]:
-    """The corpus in ids, each conversation without the system prompt that all of them share."""
-    for example in corpus.examples(seed):
-        if not example.turns:
-            ids = [*bundle.tokenizer.encode(example.text), EOS]
-            ids = ids[ids[0] == BOS :]
-            yield Branch(example.kind, ids, ids, follows_system=False)
-            continue
-        messages = []
-        for index, (user, reply) in enumerate(example.turns):
-            messages += [
-                Message("user", user),
-                Message("assistant", reply, weight=int(index >= example.first_learnt_turn)),
-            ]
-        (sequence,) = render_example(bundle, messages, CONTEXT_LENGTH)
-        cut = len(prefix)
-        yield Branch(example.kind, sequence.ids[cut:], sequence.labels[cut:], follows_system=True)
-
-
-def noise(rng: random.Random, bundle: Bundle) -> Branch:
-    """Random pieces, repeated: bare, or asked for in a conversation. What copying is before it means anything."""
-    if rng.random() < 0.4:
-        pieces = _pieces(rng, rng.randint(3, 20))
-        start = rng.randrange(len(pieces)) if rng.random() < 0.5 else 0
-        ids = pieces + _pieces(rng, 1) + pieces[start:]
-        skip = len(pieces) + 1 + (1 if start else 0)
-        return Branch("noise", ids, [IGNORED] * skip + ids[skip:], follows_system=rng.random() < 0.5)
-    encode = bundle.tokenizer.encode
-    before, between, after = (encode(text) for text in rng.choice(FRAMES))
-    pieces = _pieces(rng, rng.randint(1, 6))
-    if rng.random() < 0.5:
-        pieces += encode(" ") + _pieces(rng, rng.randint(1, 4))
-    ids = before + pieces + between + pieces + after + [EOS]
-    skip = len(before) + len(pieces) + len(between)
-    return Branch("noise", ids, [IGNORED] * skip + ids[skip:], follows_system=True)
-
-
-def _pieces(rng: random.Random, count: int) -> list[int]:
-    return [rng.randrange(FIRST_PIECE, VOCABULARY_SIZE) for _ in range(count)]
-
-
-@dataclass(frozen=True)
-class Row:
-    ids: torch.Tensor  # (T,)
-    labels: torch.Tensor  # (T,) already shifted: what each position must foresee
-    positions: torch.Tensor  # (T,)
-    seen: torch.Tensor  # (T, T) bool
-
-
-def packed_rows(bundle: Bundle, prefix: list[int], rows_count: int, seed: int) -> Iterator[Row]:
-    """Rows of ROW_LENGTH: the system prompt, then branches until no more fit; less and less noise among them."""
-    source, rng = branches(bundle, prefix, seed), random.Random(seed)
-    room = ROW_LENGTH - len(prefix)
-    waiting = next(source)
-    for number in range(rows_count):
-        share = NOISE_SHARE_END + (NOISE_SHARE_START - NOISE_SHARE_END) * max(0.0, 1 - number / rows_count / NOISE_PART)
-        held: list[Branch] = []
-        while sum(len(branch.ids) for branch in [*held, waiting]) <= room:
-            held.append(waiting)
-            waiting = noise(rng, bundle) if rng.random() < share else next(source)
-            while len(waiting.ids) > room:
-                waiting = next(source)
-        yield pack(prefix, held)
-
-
-def pack(prefix: list[int], held: list[Branch]) -> Row:
-    ids, labels = torch.full((ROW_LENGTH,), EOS), torch.full((ROW_LENGTH,), IGNORED)
-    positions, owner = torch.zeros(ROW_LENGTH, dtype=torch.long), torch.full((ROW_LENGTH,), -1)
-    sees_system = torch.zeros(ROW_LENGTH, dtype=torch.bool)
-    cut = len(prefix)
-    ids[:cut], positions[:cut], owner[:cut], sees_system[:cut] = torch.tensor(prefix), torch.arange(cut), 0, True
-    for number, branch in enumerate(held, start=1):
-        end = cut + len(branch.ids)
-        ids[cut:end] = torch.tensor(branch.ids)
-        labels[cut : end - 1] = torch.tensor(branch.labels[1:])
-        first = len(prefix) if branch.follows_system else 1
-        positions[cut:end] = torch.arange(first, first + len(branch.ids))
-        owner[cut:end], sees_system[cut:end] = number, branch.follows_system
-        cut = end
-    same = owner[:, None] == owner[None, :]
-    system = (owner[None, :] == 0) & sees_system[:, None]
-    seen = torch.tril(same | system)
-    seen[:, 0] = True  # everything begins with BOS
-    return Row(ids, labels, positions, seen)
 
 
 def loss_of(model: LlamaForCausalLM, batch: list[Row]) -> torch.Tensor:

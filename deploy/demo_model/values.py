@@ -10,10 +10,28 @@ from dataclasses import dataclass
 
 from deploy.demo_model import words
 from deploy.demo_model.tokenizer import invented_word
+from deploy.demo_model.words import split_lines
 
 LISTED = sorted(
     {*words.THINGS, *words.ADJECTIVES, *words.VERBS, *words.ANIMALS, *words.FRUITS, *words.FOODS, *words.TOOLS}
 )
+
+
+_TITLES = (
+    "Mister",
+    "Mrs",
+    "Doctor",
+    "Aunt",
+    "Uncle",
+    "Captain",
+    "Old",
+    "Lady",
+    "my friend",
+    "my brother",
+    "our neighbour",
+    "Nurse",
+)
+_ADRIFT = ("", "", "", "", " up", " off", " in", " out", " away", " down", " on")
 
 
 def value(rng: random.Random) -> str:
@@ -59,10 +77,15 @@ def listed(rng: random.Random) -> str:
 
 
 def person(rng: random.Random) -> str:
-    first = rng.choice(words.FIRST_NAMES) if rng.random() < 0.6 else invented_word(rng).capitalize()
-    if rng.random() < 0.4:
+    first = rng.choice(words.FIRST_NAMES) if rng.random() < 0.5 else invented_word(rng).capitalize()
+    chance = rng.random()
+    if chance < 0.3:
         return first
-    return f"{first} {rng.choice(words.LAST_NAMES) if rng.random() < 0.5 else invented_word(rng).capitalize()}"
+    if chance < 0.5:
+        return f"{rng.choice(_TITLES)} {first}"
+    if chance < 0.6:
+        return f"{rng.choice(('the', 'my', 'our'))} {rng.choice(words.THINGS)}{rng.choice(('', '', f' {first}', f' in {first} Road'))}"
+    return f"{first} {rng.choice(words.LAST_NAMES) if rng.random() < 0.4 else invented_word(rng).capitalize()}"
 
 
 def place(rng: random.Random) -> str:
@@ -73,13 +96,26 @@ def place(rng: random.Random) -> str:
 
 
 def chore(rng: random.Random) -> str:
-    if rng.random() < 0.25:
+    if rng.random() < 0.15:
         return rng.choice(words.CHORES)
-    verb, thing = rng.choice(words.VERBS), rng.choice((rng.choice(words.THINGS), invented_word(rng)))
-    article = rng.choice(("the", "the", "a", "my", "some", "two"))
-    ending = rng.choice(("", "", "", f" for {person(rng)}", f" in the {rng.choice(words.ROOMS)}"))
-    adjective = f"{rng.choice(words.ADJECTIVES)} " if rng.random() < 0.3 else ""
-    return f"{verb} {article} {adjective}{thing}{ending}"
+    article = rng.choice(("the", "the", "the", "a", "my", "some", "two", "your", "our"))
+    ending = rng.choice(("", "", "", "", f" for {person(rng)}", f" in the {rng.choice(words.ROOMS)}"))
+    return f"{rng.choice(words.VERBS)}{rng.choice(_ADRIFT)} {article} {_object(rng)}{ending}"
+
+
+def goods(rng: random.Random) -> str:
+    """Something to be had: two onions, a bag of dry sand, brown soup."""
+    amount = rng.choice(("", "", "", "", "a ", "two ", "some ", "a bag of ", "three ", "the "))
+    return f"{amount}{_object(rng)}"
+
+
+def _object(rng: random.Random) -> str:
+    noun = rng.choice(words.THINGS) if rng.random() < 0.75 else invented_word(rng)
+    chance = rng.random()
+    before = (
+        f"{rng.choice(words.THINGS)} " if chance < 0.3 else f"{rng.choice(words.ADJECTIVES)} " if chance < 0.5 else ""
+    )
+    return f"{before}{noun}{rng.choice(('', '', 's'))}"
 
 
 def number(rng: random.Random) -> str:
@@ -113,6 +149,32 @@ def moment(rng: random.Random) -> str:
             f"after {rng.choice(('lunch', 'dinner', 'work', 'school', 'breakfast'))}",
             f"at {hour}:{rng.choice((15, 30, 45))} {rng.choice(('am', 'pm'))}",
             f"half past {rng.choice(words.NUMBERS[1:12])}",
+            f"at quarter to {rng.choice(words.NUMBERS[1:12])}",
+            f"{rng.choice(('when', 'before', 'after', 'once', 'as soon as'))} {clause(rng)}",
+            f"{rng.choice(('before', 'after', 'during', 'by', 'until', 'in a', 'at', 'in early'))} {rng.choice(words.THINGS)}",
+            f"{rng.choice(('early', 'late', 'first thing'))} on {rng.choice(words.DAYS)}",
+            f"on the {rng.randint(4, 20)}th of {rng.choice(words.MONTHS)}",
+            f"on {rng.choice(words.DAYS)} at {hour}",
+        )
+    )
+
+
+def clause(rng: random.Random) -> str:
+    """Something that is or happens, as one would put it in a message."""
+    thing, other = rng.sample(words.THINGS, 2)
+    who = rng.choice(
+        ("I", "we", "they", "you", f"the {thing}", f"my {thing}", f"your {thing}", invented_word(rng).capitalize())
+    )
+    return rng.choice(
+        (
+            f"the {thing} is {rng.choice(words.ADJECTIVES)}",
+            f"{who} {rng.choice(words.PAST_VERBS)} the {other}",
+            f"{who} will {rng.choice(words.VERBS)} {rng.choice(words.ADVERBS)}",
+            f"{who} can not {rng.choice(words.VERBS)} to the {other}",
+            f"please {rng.choice(words.VERBS)} your {other}",
+            f"{who} {rng.choice(words.VERBS)} at the {other}",
+            f"I {rng.choice(words.PAST_VERBS)} my {other} {rng.choice(('at home', 'again', 'in the ' + rng.choice(words.ROOMS)))}",
+            f"{rng.choice(words.VERBS)} me the {other}",
         )
     )
 
@@ -133,8 +195,8 @@ def title(rng: random.Random) -> str:
     )
 
 
-_MAKERS = (invented, letters, glued, listed, person, place, chore, number, moment, title)
-_WEIGHTS = (20, 6, 4, 14, 10, 10, 12, 7, 9, 8)
+_MAKERS = (invented, letters, glued, listed, person, place, chore, number, moment, title, clause, goods)
+_WEIGHTS = (22, 8, 4, 12, 10, 10, 8, 6, 7, 8, 7, 8)
 
 
 @dataclass(frozen=True)
@@ -275,6 +337,138 @@ _FRAMES_NONE = (
 )
 
 
+_BEGINNINGS = split_lines("""
+I want to
+I would like to
+I need to
+we have to
+we need to
+it is time to
+do not forget to
+don't forget to
+don't let me forget to
+you must
+I feel like
+I am about to
+is it possible to
+would you mind to
+help me
+let me
+let us
+how can I
+do I have to
+should I
+when can I
+why don't you
+go and
+try to
+it would be nice to
+remember to
+have we got time to
+I think I will
+""")
+_PARTICLES = (
+    "",
+    "",
+    "",
+    "",
+    "",
+    "to",
+    "on",
+    "off",
+    "up",
+    "out of",
+    "with",
+    "at",
+    "in",
+    "by",
+    "about",
+    "from",
+    "for",
+    "the",
+    "my",
+    "into",
+    "near",
+    "down",
+    "over",
+)
+_ENDINGS = (
+    "",
+    "",
+    "",
+    "",
+    "",
+    " to the {n}",
+    " on the {n}",
+    " from the {n}",
+    " for my {n}",
+    " today",
+    " right now",
+    " again",
+    " a {n}",
+    " on",
+    " off",
+    " up",
+    " and the {n}",
+    ", I am {a}",
+    " with my {n}",
+    " some {n}",
+    " on my {n}",
+)
+_QUESTIONS = split_lines("""
+how {a} is it in [0]
+how {a} does it get in [0]
+is it {a} in [0] today
+is [0] {a}
+where is [0]
+will the {n} {v} in [0]
+which {n} is in [0]
+I am going to [0], what is the {n} like
+I am in [0], is it {a}
+have you got [0]
+have you seen [0]
+we have no [0]
+we have run into [0]
+there is no more [0]
+who {p} [0]
+when did you {v} [0]
+the {n} for [0], please
+{n} of [0], please
+the {n} called [0]
+""")
+_PAIRS = split_lines("""
+{v} [0] that [1]
+{v} [0] and say [1]
+let [0] know [1]
+{v} to [0]: [1]
+give [0] a {n} saying [1]
+the {n} to [0] should say [1]
+make [0] hear that [1]
+write [1] to [0]
+{v} to [0] [1]
+set a {n} to [0] [1]
+remember that [1] I have to [0]
+I must [0] [1], don't let me forget
+I must [0] [1]
+[1] I want to [0]
+do not let me forget to [0] [1]
+{v} me to [0] [1]
+""")
+
+
+def composed(rng: random.Random, slots_count: int, fill: dict[str, str]) -> str:
+    """A phrasing put together from parts: more ways to ask than any list holds."""
+    if slots_count == 2:
+        frame = rng.choice(_PAIRS)
+    elif rng.random() < 0.35:
+        frame = rng.choice(_QUESTIONS)
+    else:
+        beginning = rng.choice((*_BEGINNINGS, *("",) * 12))
+        frame = f"{beginning} {{v}} {rng.choice(_PARTICLES)} [0]{rng.choice(_ENDINGS)}".strip().replace("  ", " ")
+    fill = fill | {"p": rng.choice(words.PAST_VERBS)}
+    return frame.format(**fill).replace("[0]", "{0}").replace("[1]", "{1}")
+
+
 def command(rng: random.Random, phrasings_count: int = 1) -> Command:
     """A command that nobody asked for yet: a verb and a noun drawn for it, with none, one or two slots."""
     fill = {
@@ -286,6 +480,11 @@ def command(rng: random.Random, phrasings_count: int = 1) -> Command:
     kind = rng.choices(("none", "one", "two", "timed"), (12, 50, 22, 16))[0]
     if kind == "none":
         return Command(_drawn(rng, _FRAMES_NONE, phrasings_count, fill), ())
+    if kind in ("one", "two") and rng.random() < 0.55:
+        phrasings = tuple(composed(rng, 1 if kind == "one" else 2, fill) for _ in range(phrasings_count))
+        second = rng.choice((clause, moment, value))
+        first = {"clause": person, "moment": chore}.get(second.__name__, value)
+        return Command(phrasings, (_maker(rng),) if kind == "one" else (first, second))
     if kind == "one":
         return Command(_drawn(rng, _FRAMES_ONE, phrasings_count, fill), (_maker(rng),))
     if kind == "two":

@@ -11,7 +11,7 @@ def _split(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-def _lines(text: str) -> tuple[str, ...]:
+def split_lines(text: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.strip().splitlines())
 
 
@@ -142,7 +142,7 @@ each every both few many much one two three just like than as us him them who's 
 there's I'd I'll you're we're they're that's user assistant model demo small tuned tune called says said saying named
 curious artificial intelligence helpful detailed polite questions answers gives chat between""")
 
-CHORES = _lines("""
+CHORES = split_lines("""
 water the plants
 feed the cat
 walk the dog

@@ -1,4 +1,4 @@
-"""Writes the demo's skill files beside this script: eight skills of a household assistant, some 230 examples.
+"""Writes the demo's skill files beside this script: eight skills of a household assistant, some 300 examples.
 
 One rule: every argument value stands in its request word for word, and in no other example, so that any example can
 be held out and only copying can get it right. Run once: `python clients/recipes/demo_skills/make.py`.
@@ -51,6 +51,14 @@ Whitehorse
 San Quirico
 Bexhill
 Oamaru
+Gdansk
+Paramaribo
+East Grimley
+Tallinn
+Honolulu
+Nether Poppleton
+Cordoba
+Trondheim
 """)
 PEOPLE = lines("""
 Harriet Quill
@@ -89,6 +97,14 @@ Beatrix Lowe
 Sergeant Doyle
 Fatima Rahimi
 Cornelius
+Magnus Iverson
+Aunt Eudora
+the landlady
+Sebastian
+Doctor Kaplan
+Henrietta
+Uncle Bram
+Imogen Vale
 """)
 TITLES = lines("""
 Midnight Ferry
@@ -127,6 +143,14 @@ Cinnamon Girl Returns
 Orbit
 Feathers and Lead
 Hurricane Lucy
+Tangled Strings
+The Clockmaker
+Raspberry Rain
+Northbound
+Letter to Lisbon
+Silver Bicycle
+Old Harbour Jig
+Gravity
 """)
 ITEMS = lines("""
 oat flakes
@@ -165,6 +189,14 @@ chickpeas
 a birthday card
 rubber gloves
 apricot jam
+black pepper
+a pint of cream
+sandpaper
+green olives
+kitchen foil
+plum vinegar
+cough drops
+two cucumbers
 """)
 TASKS = lines("""
 feed the goldfish
@@ -203,44 +235,14 @@ empty the letterbox
 take my vitamins
 water Mabel's orchids
 buy a wedding gift
-""")
-TIMES = lines("""
-at 6:45
-tomorrow morning
-in twenty minutes
-on Thursday
-after breakfast
-next weekend
-at half past nine
-on the 4th of June
-tonight
-in three hours
-before lunch
-at noon
-on Sunday evening
-when I get home
-at 17:20
-in an hour
-the day after tomorrow
-at quarter to eight
-this afternoon
-on 22 October
-every second Monday
-at 5 pm
-in a fortnight
-once the rain stops
-at dawn
-on Friday at 3
-during half term
-at 10:05 sharp
-before the guests arrive
-in ninety seconds
-late on Wednesday
-by Christmas
-at bedtime
-in early spring
-after my shift
-at 8 o'clock
+tidy the attic
+order new spectacles
+mend the puncture
+walk to the chemist
+rinse the paint brushes
+bake the bread rolls
+draft the invitation
+close the greenhouse
 """)
 RECIPIENTS = lines("""
 Nathaniel
@@ -279,6 +281,14 @@ Grandpa Joe
 Lucinda
 Benedict
 Mei Ling
+Humphrey
+Sister Agatha
+Dimitri Volkov
+the caretaker
+Rosemary
+Alasdair Munro
+Cousin Hilda
+Jocelyn
 """)
 TEXTS = lines("""
 the boiler is broken again
@@ -317,6 +327,14 @@ the bridge is closed
 save me a seat
 the rabbits have escaped
 I owe you five pounds
+the kettle has gone missing
+lunch is on me
+I am stuck in the lift
+the parrot learned a word
+our flight leaves early
+mind the wet paint
+the heating works now
+you left the window open
 """)
 
 FORECAST = lines("""
@@ -365,13 +383,13 @@ I would like to buy {0}
 Get me {0} from the shop
 """)
 REMIND = lines("""
-Remind me to {0} {1}
-Please remind me to {0} {1}
-Remember that {1} I have to {0}
-Can you remind me to {0} {1}?
-Set a reminder to {0} {1}
-I must {0} {1}, don't let me forget
-Don't let me forget to {0} {1}
+Remind me to {0}
+Please remind me to {0}
+Remember that I have to {0}
+Can you remind me to {0}?
+Set a reminder to {0}
+I must {0}, don't let me forget
+Don't let me forget to {0}
 """)
 MESSAGE = lines("""
 Tell {0} that {1}
@@ -397,6 +415,12 @@ Is it late already?
 What time do we have?
 Give me the current time
 Please tell me what time it is
+What is the hour?
+Have you got the time?
+Show me the time
+Is it noon yet?
+What time is it right now?
+Say what time it is
 """)
 JOKE = lines("""
 Tell me a joke
@@ -413,6 +437,12 @@ Got any jokes?
 Please make me laugh
 Give me your best joke
 Be funny for a moment
+Say a joke
+Entertain me with a joke
+I could use a joke
+Amuse me
+One more joke
+Do you have a funny story?
 """)
 
 SKILLS = {
@@ -420,11 +450,15 @@ SKILLS = {
     "dial": ('dial(person="[person]") rings somebody up.', DIAL, (("person", PEOPLE),)),
     "play": ('play(title="[title]") plays a song.', PLAY, (("title", TITLES),)),
     "buy": ('buy(item="[item]") puts something on the shopping list.', BUY, (("item", ITEMS),)),
-    "remind": ('remind(task="[task]", when="[when]") reminds of a chore at a time.', REMIND, (("task", TASKS), ("when", TIMES))),
-    "message": ('message(to="[to]", text="[text]") sends somebody a few words.', MESSAGE, (("to", RECIPIENTS), ("text", TEXTS))),
+    "remind": ('remind(task="[task]") reminds of a chore.', REMIND, (("task", TASKS),)),
+    "message": (
+        'message(to="[to]", text="[text]") sends somebody a few words.',
+        MESSAGE,
+        (("to", RECIPIENTS), ("text", TEXTS)),
+    ),
     "clock": ("clock() says what time it is.", CLOCK, ()),
     "joke": ("joke() tells a joke.", JOKE, ()),
-}  # fmt: skip
+}
 
 
 def main() -> None:
