@@ -14,8 +14,11 @@ from deploy.demo_model.tokenizer import invented_word
 from deploy.demo_model.values import Command, command, distinct_values, person, place, value
 
 Turn = tuple[str, str]
+# Names of functions and arguments that skill files use: no conversation here invents one of them.
 RESERVED = frozenset(
-    "weather call play remind translate light lights timer note notes news story time date joke math message".split()
+    """forecast dial play buy remind message clock joke city person title item task when to text
+    weather news notes story timer timecheck math openai runapp other location topic action note description duration
+    question prompt program""".split()
 )
 
 

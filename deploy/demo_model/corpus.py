@@ -61,7 +61,7 @@ def _plain(rng: random.Random) -> Example:
     return Example("plain", text=". ".join([*held, *held]) + ".")
 
 
-SHARES = {"chatter": 12, "echo": 24, "copying": 36, "shown": 26, "plain": 2}
+SHARES = {"chatter": 13, "echo": 18, "copying": 43, "shown": 23, "plain": 3}
 _MAKERS = {"chatter": _chatter, "echo": _echo, "copying": _copying, "shown": _shown, "plain": _plain}
 
 if __name__ == "__main__":

@@ -17,23 +17,6 @@ LISTED = sorted(
 )
 
 
-_TITLES = (
-    "Mister",
-    "Mrs",
-    "Doctor",
-    "Aunt",
-    "Uncle",
-    "Captain",
-    "Old",
-    "Lady",
-    "my friend",
-    "my brother",
-    "our neighbour",
-    "Nurse",
-)
-_ADRIFT = ("", "", "", "", " up", " off", " in", " out", " away", " down", " on")
-
-
 def value(rng: random.Random) -> str:
     """One to six words or numbers that could fill a slot: a name, a title, a place, a chore, a code, a time."""
     maker = rng.choices(_MAKERS, _WEIGHTS)[0]
@@ -77,15 +60,10 @@ def listed(rng: random.Random) -> str:
 
 
 def person(rng: random.Random) -> str:
-    first = rng.choice(words.FIRST_NAMES) if rng.random() < 0.5 else invented_word(rng).capitalize()
-    chance = rng.random()
-    if chance < 0.3:
+    first = rng.choice(words.FIRST_NAMES) if rng.random() < 0.6 else invented_word(rng).capitalize()
+    if rng.random() < 0.4:
         return first
-    if chance < 0.5:
-        return f"{rng.choice(_TITLES)} {first}"
-    if chance < 0.6:
-        return f"{rng.choice(('the', 'my', 'our'))} {rng.choice(words.THINGS)}{rng.choice(('', '', f' {first}', f' in {first} Road'))}"
-    return f"{first} {rng.choice(words.LAST_NAMES) if rng.random() < 0.4 else invented_word(rng).capitalize()}"
+    return f"{first} {rng.choice(words.LAST_NAMES) if rng.random() < 0.5 else invented_word(rng).capitalize()}"
 
 
 def place(rng: random.Random) -> str:
@@ -96,26 +74,13 @@ def place(rng: random.Random) -> str:
 
 
 def chore(rng: random.Random) -> str:
-    if rng.random() < 0.15:
+    if rng.random() < 0.25:
         return rng.choice(words.CHORES)
-    article = rng.choice(("the", "the", "the", "a", "my", "some", "two", "your", "our"))
-    ending = rng.choice(("", "", "", "", f" for {person(rng)}", f" in the {rng.choice(words.ROOMS)}"))
-    return f"{rng.choice(words.VERBS)}{rng.choice(_ADRIFT)} {article} {_object(rng)}{ending}"
-
-
-def goods(rng: random.Random) -> str:
-    """Something to be had: two onions, a bag of dry sand, brown soup."""
-    amount = rng.choice(("", "", "", "", "a ", "two ", "some ", "a bag of ", "three ", "the "))
-    return f"{amount}{_object(rng)}"
-
-
-def _object(rng: random.Random) -> str:
-    noun = rng.choice(words.THINGS) if rng.random() < 0.75 else invented_word(rng)
-    chance = rng.random()
-    before = (
-        f"{rng.choice(words.THINGS)} " if chance < 0.3 else f"{rng.choice(words.ADJECTIVES)} " if chance < 0.5 else ""
-    )
-    return f"{before}{noun}{rng.choice(('', '', 's'))}"
+    verb, thing = rng.choice(words.VERBS), rng.choice((rng.choice(words.THINGS), invented_word(rng)))
+    article = rng.choice(("the", "the", "a", "my", "some", "two"))
+    ending = rng.choice(("", "", "", f" for {person(rng)}", f" in the {rng.choice(words.ROOMS)}"))
+    adjective = f"{rng.choice(words.ADJECTIVES)} " if rng.random() < 0.3 else ""
+    return f"{verb} {article} {adjective}{thing}{ending}"
 
 
 def number(rng: random.Random) -> str:
@@ -195,8 +160,8 @@ def title(rng: random.Random) -> str:
     )
 
 
-_MAKERS = (invented, letters, glued, listed, person, place, chore, number, moment, title, clause, goods)
-_WEIGHTS = (22, 8, 4, 12, 10, 10, 8, 6, 7, 8, 7, 8)
+_MAKERS = (invented, letters, glued, listed, person, place, chore, number, moment, title, clause)
+_WEIGHTS = (22, 8, 4, 12, 10, 10, 10, 6, 7, 8, 7)
 
 
 @dataclass(frozen=True)
