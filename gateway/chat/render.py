@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from gateway.chat.bundle import Bundle
-from gateway.chat.conversation import Message, RenderError
+from gateway.chat.conversation import Message, Options, RenderError, Tools
 
 IGNORED = -100
 
@@ -22,6 +23,7 @@ class Prompt:
     ids: list[int]
     stop_ids: tuple[int, ...]
     stop_strings: tuple[str, ...]
+    opens_reasoning: bool = False  # the prompt ends inside a reasoning block: the reply starts with thoughts
 
 
 @dataclass(slots=True)
@@ -33,24 +35,33 @@ class TrainingSequence:
     truncated: bool = False
 
 
-def render_prompt(bundle: Bundle, messages: Sequence[Message]) -> Prompt:
+def render_prompt(
+    bundle: Bundle, messages: Sequence[Message], tools: Tools | None = None, options: Options | None = None
+) -> Prompt:
     """Ids that ask for the assistant's next reply. Raises RenderError when the template cannot say it."""
     return Prompt(_prompt_ids(bundle, messages), bundle.stop_ids, bundle.stop_strings)
 
 
-def render_example(bundle: Bundle, messages: Sequence[Message], max_length: int) -> list[TrainingSequence]:
+def render_example(
+    bundle: Bundle,
+    messages: Sequence[Message],
+    max_length: int,
+    tools: Tools | None = None,
+    options: Options | None = None,
+    turns: Literal["all", "last"] = "all",
+) -> list[TrainingSequence]:
     """Training sequences of one conversation, at least one. Turns whose prompts go on from one another share one.
 
     Too long a conversation loses its oldest turns, turn by turn; a single turn that is too long by itself loses the
     start of its prompt, then the end of its reply. Raises RenderError when no assistant turn is to be trained.
     """
-    turns = [number for number, message in enumerate(messages) if message.role == "assistant" and message.weight != 0]
-    if not turns:
+    learnt = [number for number, message in enumerate(messages) if message.role == "assistant" and message.weight != 0]
+    if not learnt:
         raise RenderError("there is no assistant message to learn from (or all have weight 0)")
     sequences = _shared_sequences(bundle, messages)
     if all(len(sequence.ids) <= max_length for sequence in sequences):
         return sequences
-    return [_fitted_turn(bundle, messages, turn, max_length) for turn in turns]
+    return [_fitted_turn(bundle, messages, turn, max_length) for turn in learnt]
 
 
 def _shared_sequences(bundle: Bundle, messages: Sequence[Message]) -> list[TrainingSequence]:
