@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from gateway.chat.conversation import Message
 from gateway.chat.registry import template_from_source, template_named
+from gateway.chat.speech import Speech, read_speech
 from gateway.chat.templates import Template
 from gateway.chat.tokenizer import Tokenizer
 
@@ -38,6 +40,11 @@ class Bundle:
     frame: ReplyFrame
     eos_ids: tuple[int, ...]
     files: dict[str, bytes] = field(repr=False)
+
+    @cached_property
+    def speech(self) -> Speech:
+        """How the model writes tool calls and reasoning down; only templates that a model brings say so."""
+        return read_speech(str(self.template.source().get("template", "")))
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

@@ -6,9 +6,9 @@ Place in the flow: bundle → **speech** → parse (reads replies by it) and inf
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 ToolForm = Literal[
     "hermes",  # <tool_call>{"name": …, "arguments": …}</tool_call>
@@ -16,7 +16,8 @@ ToolForm = Literal[
     "llama3_json",  # {"name": …, "parameters": …}, also after <|python_tag|>
     "mistral",  # [TOOL_CALLS][{"name": …, "arguments": …}]
     "mistral_args",  # [TOOL_CALLS]name[ARGS]{…}
-    "pythonic",  # [name(key="value"), other()], LFM2's between <|tool_call_start|> and <|tool_call_end|>
+    "pythonic",  # [name(key="value"), other()]
+    "pythonic_tagged",  # the same between <|tool_call_start|> and <|tool_call_end|>
     "functionary",  # >>>name\n{…}, text after >>>all\n; the prompt ends with the first >>>
     "functionary_tags",  # <function=name>{…}</function>
     "harmony",  # <|channel|>commentary to=functions.name<|message|>{…}<|call|>; reasoning in a channel of its own
@@ -43,6 +44,18 @@ class Speech:
 
     tool_calls: ToolForm | None = None
     reasoning: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """What a request lets the model call. `forced`: the reply must begin with a call of one of these names."""
+
+    tools: tuple[Mapping[str, Any], ...] = ()
+    forced: tuple[str, ...] = ()
+    single: bool = False  # one call at most, the reply ends with it
+
+
+NO_TOOLS = ToolUse()
 
 
 def read_speech(template: str) -> Speech:
@@ -83,7 +96,9 @@ def _tool_form(template: str) -> ToolForm | None:
         return "functionary_tags"
     if _HERMES_CALL.search(template):
         return "hermes"
-    if any(mark in template for mark in _LFM_2) or _PYTHONIC_CALL.search(template):
+    if any(mark in template for mark in _LFM_2):
+        return "pythonic_tagged"
+    if _PYTHONIC_CALL.search(template):
         return "pythonic"
     if _LLAMA_3_CALL.search(template) and "<|START_ACTION|>" not in template:
         return "llama3_json"
@@ -103,12 +118,16 @@ def _opening(form: ToolForm | None, name: str | None) -> str:
             return '[TOOL_CALLS][{"name": "' + (f'{name}", "arguments":' if name else "")
         case "mistral_args":
             return "[TOOL_CALLS]" + (f"{name}[ARGS]" if name else "")
-        case "pythonic":
-            return f"[{name}(" if name else "["
+        case "pythonic" | "pythonic_tagged":
+            return ("<|tool_call_start|>[" if form == "pythonic_tagged" else "[") + (f"{name}(" if name else "")
         case "functionary":
             return f"{name}\n" if name else ""
         case "functionary_tags":
             return f"<function={name}>" if name else "<function="
         case "harmony":
-            return f"<|channel|>commentary to=functions.{name}<|message|>" if name else "<|channel|>commentary to=functions."
+            return (
+                f"<|channel|>commentary to=functions.{name}<|message|>"
+                if name
+                else "<|channel|>commentary to=functions."
+            )
     return ""

@@ -129,7 +129,7 @@ def test_prompt_of_each_turn_is_what_serving_sends_and_the_span_ends_at_the_stop
         assert sequence.ids[end - 1] == bundle.stop_ids[0]
         assert sequence.labels[start:end] == sequence.ids[start:end]
         reader = ReplyReader(bundle)
-        shown = reader.feed(sequence.ids[start:end]) + reader.finish(at_stop=True)
+        shown = reader.feed(sequence.ids[start:end]).text + reader.finish(at_stop=True).text
         assert shown == messages[turn].content
     assert sum(trained) == sum(label != IGNORED for label in sequence.labels)
     assert not any(trained[: len(render_prompt(bundle, messages[:2]).ids)])
@@ -194,13 +194,13 @@ def test_replies_read_back_as_they_were_however_the_ids_are_split(template: str,
     prompt = render_prompt(bundle, messages[:1]).ids
     ids = sequence.ids[len(prompt) :]
     whole = ReplyReader(bundle)
-    expected = whole.feed(ids) + whole.finish(at_stop=True)
+    expected = whole.feed(ids).text + whole.finish(at_stop=True).text
     reader, text, at = ReplyReader(bundle), io.StringIO(), 0
     for cut in sorted(splits):
-        text.write(reader.feed(ids[at : max(at, cut)]))
+        text.write(reader.feed(ids[at : max(at, cut)]).text)
         at = max(at, cut)
-    text.write(reader.feed(ids[at:]))
-    text.write(reader.finish(at_stop=True))
+    text.write(reader.feed(ids[at:]).text)
+    text.write(reader.finish(at_stop=True).text)
     assert text.getvalue() == expected
     if not template == "llama-3" or reply == reply.strip():
         assert expected.strip() == reply.strip()
@@ -213,8 +213,8 @@ def test_a_stop_string_cuts_the_reply_wherever_the_ids_are_split(text: str, stop
     ids = bundle.tokenizer.encode(text + stop + "rest")
     reader, shown = ReplyReader(bundle, [stop], raw=True), ""
     for at in range(0, len(ids), width):
-        shown += reader.feed(ids[at : at + width])
-    shown += reader.finish(at_stop=reader.stopped)
+        shown += reader.feed(ids[at : at + width]).text
+    shown += reader.finish(at_stop=reader.stopped).text
     whole = bundle.tokenizer.decode(ids)
     assert reader.stopped
     assert shown == whole[: whole.index(stop)]
@@ -229,12 +229,12 @@ def test_any_ids_at_all_are_read_and_valid_text_reads_as_the_tokenizer_decodes_i
     bundle = make_bundle("vicuna_v1.1" if tokenizer is sentencepiece_like else "chatml", tokenizer(), [2])
     ids = data.draw(st.lists(st.integers(0, bundle.tokenizer.vocab_size + 5), max_size=30))
     reader = ReplyReader(bundle, raw=True)
-    split = "".join(reader.feed([token_id]) for token_id in ids) + reader.finish(at_stop=False)
+    split = "".join(reader.feed([token_id]).text for token_id in ids) + reader.finish(at_stop=False).text
     again = ReplyReader(bundle, raw=True)
-    assert again.feed(ids) + again.finish(at_stop=False) == split
+    assert again.feed(ids).text + again.finish(at_stop=False).text == split
     text = data.draw(words)
     ids = bundle.tokenizer.encode(text)
     reader = ReplyReader(bundle, raw=True)
-    shown = reader.feed(ids) + reader.finish(at_stop=False)
+    shown = reader.feed(ids).text + reader.finish(at_stop=False).text
     if not set(ids) & bundle.tokenizer.control_id_set:
         assert shown.removeprefix(" ") == bundle.tokenizer.decode(ids).removeprefix(" ")
