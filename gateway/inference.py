@@ -22,6 +22,9 @@ _INLINE_CHARACTERS = 4000
 _LEAST_LOGPROB = -9999.0
 
 
+__all__ = ["CallDelta", "Delta", "Generation", "Inference", "Sampling", "TokenLogprob"]
+
+
 class Sampling(Protocol):
     """What is asked of the engine; `wire.sampling` reads it."""
 
@@ -200,6 +203,7 @@ class Generation:
         self._logprobs = logprobs
         self._live = True
         self._cut = False  # a stop string ended a choice: the engine does not know and would go on
+        self.plain = all(reader.plain for reader in readers)  # text is all that can come
         self.prompt_tokens = prompt_tokens
         self.completion_tokens = 0
         self.cached_tokens = 0

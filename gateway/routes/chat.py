@@ -9,7 +9,7 @@ from typing import Any
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from gateway.inference import Delta, Generation, Inference, TokenLogprob
+from gateway.inference import CallDelta, Delta, Generation, Inference, TokenLogprob
 from gateway.routes.body import parse_json, read_body
 from gateway.routes.reply import DONE, Departure, new_id, send_events, send_json
 from gateway.wire import chat as wire
@@ -22,7 +22,14 @@ class ChatCompletions:
         state = scope["app"].state
         inference: Inference = state.inference
         request = wire.parse(parse_json(await read_body(receive, state.settings.limits.body_bytes)))
-        generation = await inference.chat(request.model, request.messages, request.sampling, stream=request.stream)
+        generation = await inference.chat(
+            request.model,
+            request.messages,
+            request.sampling,
+            stream=request.stream,
+            tool_use=request.tools.use,
+            options=request.options or None,
+        )
         departure = Departure(receive, generation.cancel)
         try:
             if request.stream:
@@ -38,43 +45,91 @@ class ChatCompletions:
 
 async def _events(request: wire.ChatRequest, generation: Generation) -> AsyncIterator[bytes]:
     write = wire.ChunkWriter(new_id("chatcmpl-"), int(time.time()), request.model, include_usage=request.include_usage)
+    content = b'""' if generation.plain else b"null"
+    called = write.function_call if request.tools.older else write.call
     started: set[int] = set()
+    silent: set[int] = set()  # begun without content and still without
     async for deltas in generation.deltas():
         data = b""
         for delta in deltas:
             index = delta.index
             if index not in started:
                 started.add(index)
-                data += write.role(index)
+                data += write.role(index, content=content)
+                if not generation.plain:
+                    silent.add(index)
+            if delta.reasoning:
+                data += write.reasoning(index, delta.reasoning)
+            if delta.text:
+                silent.discard(index)
             if delta.text or delta.logprobs:
-                data += write.text(index, delta.text, _logprobs(delta))
+                data += write.text(index, delta.text if generation.plain else delta.text or None, _logprobs(delta))
+            for call in delta.calls:
+                data += called(index, call)
+                silent.discard(index)
             if delta.finish_reason is not None:
-                data += write.finish(index, delta.finish_reason)
+                if index in silent:
+                    data += write.text(index, "")
+                data += write.finish(index, _reason(request, delta.finish_reason))
         if data:
             yield data
     yield (write.usage(_usage(generation)) if request.include_usage else b"") + DONE
 
 
 async def _whole(request: wire.ChatRequest, generation: Generation) -> bytes:
-    n = request.sampling.n
-    texts: list[list[str]] = [[] for _ in range(n)]
-    reasons = ["stop"] * n
-    logprobs: list[list[dict[str, Any]]] = [[] for _ in range(n)]
+    replies = [_Reply() for _ in range(request.sampling.n)]
     async for deltas in generation.deltas():
         for delta in deltas:
-            texts[delta.index].append(delta.text)
-            logprobs[delta.index] += _logprobs(delta) or []
-            reasons[delta.index] = delta.finish_reason or reasons[delta.index]
+            replies[delta.index].add(delta)
     wanted = request.sampling.logprobs is not None
     choices = [
-        wire.Choice("".join(text), reason, entries if wanted else None)
-        for text, reason, entries in zip(texts, reasons, logprobs, strict=True)
+        wire.Choice(
+            "".join(reply.text),
+            _reason(request, reply.finish_reason),
+            reply.logprobs if wanted else None,
+            "".join(reply.reasoning),
+            reply.calls,
+        )
+        for reply in replies
     ]
-    return wire.completion(new_id("chatcmpl-"), int(time.time()), request.model, choices, _usage(generation))
+    reply_id, created = new_id("chatcmpl-"), int(time.time())
+    usage = _usage(generation)
+    return wire.completion(reply_id, created, request.model, choices, usage, older=request.tools.older)
+
+
+class _Reply:
+    """The deltas of one choice, gathered."""
+
+    def __init__(self) -> None:
+        self.text: list[str] = []
+        self.reasoning: list[str] = []
+        self.calls: list[CallDelta] = []
+        self.logprobs: list[dict[str, Any]] = []
+        self.finish_reason = "stop"
+
+    def add(self, delta: Delta) -> None:
+        self.text.append(delta.text)
+        self.reasoning.append(delta.reasoning)
+        for call in delta.calls:
+            if call.name is not None:
+                self.calls.append(call)
+            else:
+                self.calls[-1].arguments += call.arguments
+        self.logprobs += _logprobs(delta) or []
+        self.finish_reason = delta.finish_reason or self.finish_reason
+
+
+def _reason(request: wire.ChatRequest, reason: str) -> str:
+    return request.tools.finish_reason if reason == "tool_calls" else reason
 
 
 def _usage(generation: Generation) -> wire.Usage:
-    return wire.Usage(generation.prompt_tokens, generation.completion_tokens, generation.cached_tokens)
+    return wire.Usage(
+        generation.prompt_tokens,
+        generation.completion_tokens,
+        generation.cached_tokens,
+        generation.reasoning_tokens,
+    )
 
 
 def _logprobs(delta: Delta) -> list[dict[str, Any]] | None:
