@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
-Tools = Sequence[Mapping[str, Any]]  # as OpenAI sends them: {"type": "function", "function": {"name", "description", …}}
+Tools = Sequence[
+    Mapping[str, Any]
+]  # as OpenAI sends them: {"type": "function", "function": {"name", "description", …}}
 Options = Mapping[str, Any]  # render options: "date" (YYYY-MM-DD), and a template's own ("enable_thinking", …)
 
 
@@ -68,32 +69,3 @@ def refuse_tools(messages: Sequence[Message], tools: Tools | None, template: str
         if message.tool_calls or message.role == "tool":
             what = "a tool's result" if message.role == "tool" else "a tool call"
             raise RenderError(f"messages[{number}] holds {what}, and the template '{template}' cannot write it")
-
-
-def plain_message(message: Message) -> dict[str, Any]:
-    """A message as chat templates know it. What is absent has no key.
-
-    A call's arguments are an object where they are one: templates of real models write `arguments | tojson` or read its
-    items, and a text would come out as quoted JSON. Text that is no JSON object is left a text.
-    """
-    plain: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.tool_calls:
-        plain["tool_calls"] = [
-            {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": read_arguments(c.arguments)}}
-            for c in message.tool_calls
-        ]
-    for key, value in (("tool_call_id", message.tool_call_id), ("name", message.name)):
-        if value is not None:
-            plain[key] = value
-    if message.reasoning is not None:
-        plain["reasoning_content"] = plain["thinking"] = message.reasoning
-    return plain
-
-
-def read_arguments(arguments: str) -> Any:
-    """A call's arguments as an object, or the text where it is none."""
-    try:
-        read = json.loads(arguments) if arguments else {}
-    except ValueError:
-        return arguments
-    return read if isinstance(read, dict) else arguments

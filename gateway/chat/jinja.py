@@ -1,39 +1,58 @@
-"""Jinja chat templates, as models bring them: in an immutable sandbox, with the helpers that transformers gives them.
+"""Jinja chat templates, as models bring them: what they are given, and which form of it they want.
 
-A template is code from a stranger. It sees plain data only, may change nothing, and is stopped when it takes too many steps,
-too much time or writes too much; loops, macros and the operators that grow strings are watched for that.
+Place in the flow: registry, bundle → **jinja** → sandbox. One rule: the text is what transformers writes for the same template
+and data; where real templates disagree about the data's form, a probe decides and not the template's name.
 """
 
 from __future__ import annotations
 
 import datetime
-import functools
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from gateway.chat.conversation import Message, Options, RenderError, ToolCall, Tools
+from gateway.chat.sandbox import literal_text, render
 
-from gateway.chat.conversation import Message, RenderError
+# What the renderer reads itself; all other options are variables of the template.
+OWN_OPTIONS = frozenset({"date", "system"})
+_TAKEN = frozenset({"messages", "tools", "add_generation_prompt"})
+_PROBE_NAME, _PROBE_KEY, _PROBE_VALUE, _PROBE_ANSWER = "probe_name", "probe_key", "probe_value", "probe_answer"
+_PROBE_CALL = ToolCall("probe0001", _PROBE_NAME, json.dumps({_PROBE_KEY: _PROBE_VALUE}))
+_PROBE_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": _PROBE_NAME,
+        "description": "A probe.",
+        "parameters": {
+            "type": "object",
+            "properties": {_PROBE_KEY: {"type": "string", "description": "A key."}},
+            "required": [_PROBE_KEY],
+        },
+    },
+}
 
-SOURCE_LIMIT = 256 * 1024  # characters of a template
-STEP_LIMIT = 1_000_000  # loop turns and calls in one rendering
-TIME_LIMIT_S = 0.8
-OUTPUT_LIMIT = 8 * 1024 * 1024  # characters of a rendered text, and of any string or list on the way
+
+@dataclass(frozen=True)
+class CallForm:
+    """How a template wants a call: its arguments as an object or as text, and an empty content absent, null or empty."""
+
+    arguments: Literal["object", "text"] = "object"
+    content: Literal["absent", "null", "empty"] = "absent"
 
 
 @dataclass(frozen=True)
 class JinjaTemplate:
-    """A chat template. `tokens` are the names it may use (bos_token, …); `options` its further variables, as JSON."""
+    """A chat template, or several by name ("default", "tool_use").
+
+    `tokens` are the names it may use (bos_token, …), `options` the render options that it comes with: "date" (YYYY-MM-DD, what
+    `strftime_now` tells; today where absent), "system" (the system text of conversations that bring none), and variables.
+    """
 
     name: str
-    template: str
+    template: str | dict[str, str]
     tokens: dict[str, str] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     kind = "jinja"
@@ -43,157 +62,166 @@ class JinjaTemplate:
     def stop(self) -> str:
         return self.tokens.get("eos_token", "")
 
-    def text(self, messages: Sequence[Message], *, generate: bool) -> str:
-        dicts = [{"role": message.role, "content": message.content} for message in messages]
-        variables = {**self.tokens, **self.options, "messages": dicts, "add_generation_prompt": generate}
-        return render(self.template, variables)
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.template,) if isinstance(self.template, str) else tuple(self.template.values())
+
+    @cached_property
+    def literal_text(self) -> str:
+        """All that it may write of itself."""
+        return "\0".join(literal_text(source) for source in self.sources)
+
+    def text(
+        self,
+        messages: Sequence[Message],
+        *,
+        generate: bool,
+        tools: Tools | None = None,
+        options: Options | None = None,
+        quick: bool = False,
+    ) -> str:
+        if tools and not self.offers_tools:
+            raise RenderError(f"the template '{self.name}' cannot offer tools to the model")
+        form = CallForm()
+        for number, message in enumerate(messages):
+            if message.tool_calls:
+                form = self._form_for(number)
+            elif message.role == "tool" and not self.takes_answers:
+                raise RenderError(
+                    f"messages[{number}] holds a tool's result, and the template '{self.name}' writes none"
+                )
+        return self._render([_plain(message, form) for message in messages], generate, tools, options, quick)
 
     def source(self) -> dict[str, Any]:
         return {"name": self.name, "template": self.template, "tokens": self.tokens, "options": self.options}
 
+    @cached_property
+    def offers_tools(self) -> bool:
+        """Whether tools come out in the prompt."""
+        try:
+            return _PROBE_NAME in self._render([_plain(Message("user", "?"))], True, [_PROBE_TOOL])
+        except RenderError:
+            return False
 
-def render(template: str, variables: dict[str, Any]) -> str:
-    """The text that a template writes. Raises RenderError when it fails, refuses, or exceeds its bounds."""
-    budget = _Budget()
+    @cached_property
+    def call_form(self) -> CallForm | None:
+        """The form of a call that comes out whole: name, and arguments as JSON or item by item. None where none does.
+
+        Most templates write `arguments | tojson` or go through its items, and a text would come out as a quoted one. Some put
+        the text in as it is, and would show an object as Python does. R1's write calls only of messages whose content is null.
+        """
+        for form in (CallForm(), CallForm(arguments="text"), CallForm(content="null"), CallForm("text", "null")):
+            if self._writes_call(form):
+                return form
+        return next((f for f in (CallForm(content="empty"), CallForm("text", "empty")) if self._writes_call(f)), None)
+
+    @cached_property
+    def takes_answers(self) -> bool:
+        """Whether a tool's result comes out."""
+        try:
+            return _PROBE_ANSWER in self._probe_call(self.call_form or CallForm(), answered=True)
+        except RenderError:
+            return False
+
+    def _form_for(self, number: int) -> CallForm:
+        if self.call_form is None:
+            raise RenderError(f"messages[{number}] holds a tool call, and the template '{self.name}' writes none")
+        return self.call_form
+
+    def _writes_call(self, form: CallForm) -> bool:
+        try:
+            text = self._probe_call(form, answered=False)
+        except RenderError:
+            return False
+        call = text[text.rfind(_PROBE_NAME) :]  # after the tools, the call
+        as_python, as_quoted = f"'{_PROBE_KEY}'", f'\\"{_PROBE_KEY}\\"'
+        written = text.count(_PROBE_NAME) > self._offered_names and _PROBE_VALUE in text
+        return written and as_python not in call and as_quoted not in call
+
+    @cached_property
+    def _offered_names(self) -> int:
+        """How often the probe's name comes out when it is only offered."""
+        try:
+            return self._render([_plain(Message("user", "?"))], True, [_PROBE_TOOL]).count(_PROBE_NAME)
+        except RenderError:
+            return 0
+
+    def _probe_call(self, form: CallForm, *, answered: bool) -> str:
+        messages = [Message("user", "?"), Message("assistant", "", tool_calls=(_PROBE_CALL,))]
+        if answered:
+            messages.append(Message("tool", _PROBE_ANSWER, tool_call_id=_PROBE_CALL.id, name=_PROBE_NAME))
+        plain = [_plain(message, form) for message in messages]
+        return self._render(plain, answered, [_PROBE_TOOL] if self.offers_tools else None)
+
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        generate: bool,
+        tools: Tools | None = None,
+        options: Options | None = None,
+        quick: bool = False,
+    ) -> str:
+        given = {**self.options, **(options or {})}
+        if given.get("system") and not any(message["role"] == "system" for message in messages):
+            messages = [{"role": "system", "content": given["system"]}, *messages]
+        variables = {name: value for name, value in given.items() if name not in OWN_OPTIONS}
+        if taken := _TAKEN & variables.keys():
+            raise RenderError(f"'{min(taken)}' cannot be a render option: it is what the template is asked to write")
+        variables = {**self.tokens, **variables, "messages": messages, "add_generation_prompt": generate}
+        variables["tools"] = [dict(tool) for tool in tools] if tools else None
+        return render(self._chosen(bool(tools)), variables, _read_date(given.get("date")), quick)
+
+    def _chosen(self, with_tools: bool) -> str:
+        if isinstance(self.template, str):
+            return self.template
+        for name in ("tool_use", "default") if with_tools else ("default",):
+            if name in self.template:
+                return self.template[name]
+        raise RenderError(f"the template '{self.name}' has no 'default' among {', '.join(sorted(self.template))}")
+
+
+def tokens_of(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+    """The token names that a template may use, from a model's tokenizer_config.json."""
+    names = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+    found = {name: tokenizer_config.get(name) for name in names}
+    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in found.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _plain(message: Message, form: CallForm | None = None) -> dict[str, Any]:
+    """A message as chat templates know it. What is absent has no key, as in transformers."""
+    plain: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        form = form or CallForm()
+        plain["tool_calls"] = [_plain_call(call, form) for call in message.tool_calls]
+        if not message.content and form.content == "absent":
+            del plain["content"]
+        elif not message.content and form.content == "null":
+            plain["content"] = None
+    if message.tool_call_id is not None:
+        plain["tool_call_id"] = message.tool_call_id
+    if message.name is not None:
+        plain["name"] = message.name
+    if message.reasoning is not None:  # the second name is what gpt-oss reads
+        plain["reasoning_content"] = plain["thinking"] = message.reasoning
+    return plain
+
+
+def _plain_call(call: ToolCall, form: CallForm) -> dict[str, Any]:
+    arguments: Any = call.arguments
+    if form.arguments == "object":
+        try:
+            read = json.loads(call.arguments) if call.arguments else {}
+        except ValueError:
+            read = None
+        arguments = read if isinstance(read, dict) else call.arguments
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+
+def _read_date(date: Any) -> datetime.datetime | None:
+    if date is None:
+        return None
     try:
-        compiled = _compile(template)
-        parts, size = [], 0
-        for part in compiled.generate({"tools": None, "documents": None, **variables, _TICK: budget.tick}):
-            parts.append(part)
-            size += len(part)
-            if size > OUTPUT_LIMIT:
-                raise RenderError(f"the chat template wrote more than {OUTPUT_LIMIT} characters")
-            budget.tick()
-        return "".join(parts)
-    except RenderError:
-        raise
-    except jinja2.TemplateError as error:
-        raise RenderError(f"the chat template failed: {error.message or type(error).__name__}") from error
-    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError, MemoryError) as error:
-        raise RenderError(f"the chat template failed: {type(error).__name__}: {error}"[:500]) from error
-
-
-class _Budget:
-    """What one rendering may still spend."""
-
-    __slots__ = ("_deadline", "_steps")
-
-    def __init__(self) -> None:
-        self._steps = 0
-        self._deadline = time.monotonic() + TIME_LIMIT_S
-
-    def tick(self) -> str:
-        self._steps += 1
-        if self._steps > STEP_LIMIT or (self._steps % 256 == 0 and time.monotonic() > self._deadline):
-            raise RenderError(f"the chat template ran for more than {STEP_LIMIT} steps or {TIME_LIMIT_S} s")
-        return ""
-
-
-_TICK = "tunegate_tick"  # a template that calls it by itself only spends its own budget
-
-
-class _Watched(Extension):
-    """Puts a call of the budget's tick into every loop and macro body."""
-
-    tags: set[str] = set()
-
-    def parse(self, parser: Parser) -> nodes.Node:  # no tag of its own
-        raise NotImplementedError
-
-    @staticmethod
-    def watch(tree: nodes.Template) -> nodes.Template:
-        for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
-            call = nodes.Call(nodes.Name(_TICK, "load"), [], [], None, None)
-            node.body.insert(0, nodes.Output([call]).set_lineno(node.lineno))  # type: ignore[union-attr]
-        return tree
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks the assistant's words for training; here it says nothing."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, with bounds on what its operators may make."""
-
-    intercepted_binops = frozenset({"+", "*", "**", "%", "<<"})
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        return _Watched.watch(super()._parse(source, name, filename))
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        _check_operands(operator, left, right)
-        return super().call_binop(context, operator, left, right)
-
-    def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, int) and not isinstance(value, bool) and abs(value) > OUTPUT_LIMIT:
-                raise RenderError(f"the chat template calls something with the number {value}")
-        return super().call(context, function, *args, **kwargs)
-
-
-def _check_operands(operator: str, left: Any, right: Any) -> None:
-    sizes = [len(value) if isinstance(value, str | list | tuple) else None for value in (left, right)]
-    if operator == "*" and (sizes[0] is not None or sizes[1] is not None):
-        size = sizes[0] if sizes[0] is not None else sizes[1]
-        times = right if sizes[0] is not None else left
-        if isinstance(times, int) and (size or 0) * times > OUTPUT_LIMIT:
-            raise RenderError("the chat template multiplies a text beyond all bounds")
-    elif operator == "+" and None not in sizes:
-        if sum(size or 0 for size in sizes) > OUTPUT_LIMIT:
-            raise RenderError("the chat template adds up a text beyond all bounds")
-    elif operator == "%" and isinstance(left, str):
-        raise RenderError("the chat template formats with %, which is not taken")
-    elif isinstance(left, int) and isinstance(right, int) and max(abs(left), abs(right)) > 2**32:
-        raise RenderError("the chat template computes with numbers beyond all bounds")
-    elif operator in ("**", "<<") and isinstance(right, int) and right > 64:
-        raise RenderError("the chat template computes with numbers beyond all bounds")
-
-
-@functools.lru_cache(maxsize=256)
-def _compile(template: str) -> jinja2.Template:
-    if len(template) > SOURCE_LIMIT:
-        raise RenderError(f"the chat template has {len(template)} characters; at most {SOURCE_LIMIT} are taken")
-    try:
-        return _environment().from_string(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise RenderError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from error
-    except RecursionError as error:
-        raise RenderError("the chat template nests too deep") from error
-
-
-@functools.cache
-def _environment() -> _Environment:
-    environment = _Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], keep_trailing_newline=False
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-def _raise(message: str) -> None:
-    raise RenderError(f"the chat template refuses: {message}")
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-Helper = Callable[..., Any]
+        return datetime.datetime.fromisoformat(str(date))
+    except ValueError as error:
+        raise RenderError(f"the render option 'date' is {str(date)[:40]!r}; write it as YYYY-MM-DD") from error
