@@ -11,7 +11,7 @@ from gateway.chat.bundle import Bundle
 from gateway.chat.calls import CallDelta
 from gateway.chat.conversation import Message, Options, RenderError
 from gateway.chat.parse import ReplyReader
-from gateway.chat.render import Prompt, render_prompt
+from gateway.chat.render import Prompt, render_prompt, render_quickly
 from gateway.chat.speech import NO_TOOLS, ToolUse, call_opening
 from gateway.engines.catalog import Catalog, Served
 from gateway.engines.client import EngineStream
@@ -108,14 +108,14 @@ class Inference:
                 "be read back; leave 'tools' out or ask a model whose template has one",
                 param="tools",
             )
+        tools = tool_use.tools or None
         try:
-            if _renders_at_once(bundle, messages):
-                prompt = render_prompt(bundle, messages, tool_use.tools or None, options)
-            else:
-                tools = tool_use.tools or None
+            prompt = render_quickly(bundle, messages, tools, options)
+            if prompt is None:
                 prompt = await asyncio.to_thread(render_prompt, bundle, messages, tools, options)
         except RenderError as error:
-            raise RequestError(f"{error}", param="messages") from error
+            at_tools = tools and not getattr(bundle.template, "offers_tools", False)
+            raise RequestError(f"{error}", param="tools" if at_tools else "messages") from error
         begun = _forced_ids(bundle, prompt, tool_use)
 
         def reader() -> ReplyReader:
@@ -282,11 +282,6 @@ class Generation:
             named = [(token_bytes(int(name.removeprefix("token_id:"))), _finite(value)) for name, value in others]
             entries.append(TokenLogprob(token_bytes(token_id), _finite(logprob), named))
         return entries
-
-
-def _renders_at_once(bundle: Bundle, messages: Sequence[Message]) -> bool:
-    """Whether rendering is too short to be worth a thread; a Jinja template is a stranger's code and always gets one."""
-    return bundle.template.kind != "jinja" and sum(len(message.content) for message in messages) <= _INLINE_CHARACTERS
 
 
 def _forced_ids(bundle: Bundle, prompt: Prompt, tool_use: ToolUse) -> list[int]:

@@ -71,7 +71,7 @@ class CallReader:
         in_reasoning: bool,
         single: bool,
     ) -> None:
-        """`controls` are the tokenizer's control tokens; `single` ends the reply after its first call (`enough`)."""
+        """`controls` are the control tokens by name; `single` ends the reply after its first call (`enough`)."""
         self.text: list[str] = []
         self.reasoning: list[str] = []
         self.calls: list[CallDelta] = []
@@ -188,14 +188,16 @@ class CallReader:
     def _thoughts(self, opening: str, closing: str) -> Waiting[None]:
         cursor = self.cursor
         yield from cursor.space()
-        if not (yield from cursor.literal(opening)) and not self.reasons:
+        closed = opened = yield from cursor.literal(opening, closing)
+        if not opened and not self.reasons:
             self.give_up()
             return
         cursor.held.clear()
-        self.reasons = True
-        yield from cursor.newlines()
-        cursor.held.clear()
-        closed = yield from cursor.until((closing,), self.think)
+        if closed != closing:
+            self.reasons = True
+            yield from cursor.newlines()
+            cursor.held.clear()
+            closed = yield from cursor.until((closing,), self.think)
         self.reasons = False
         self.space.clear()
         if closed:

@@ -17,11 +17,11 @@ Take = Callable[[str], None]
 # Control tokens stand in the text as lone surrogates, which no UTF-8 decodes to.
 FIRST_CONTROL = 0xD800
 _CONTROLS = "\ud800-\udfff"
-_IN_STRING = re.compile(f'["\\\\{_CONTROLS}]')
+_IN_STRING = re.compile('["\\\\]')
 _IN_BRACKETS = re.compile(f'["{{}}\\[\\]<{_CONTROLS}]')
 _SCALAR_END = re.compile(f'["{{}}\\[\\],:;\\s<{_CONTROLS}]')
 _IN_CODE = re.compile(f"[\"'()\\[\\]{{}},{_CONTROLS}]")
-_IN_QUOTES = {quote: re.compile(f"[{quote}\\\\{_CONTROLS}]") for quote in "\"'"}
+_IN_QUOTES = {quote: re.compile(f"[{quote}\\\\]") for quote in "\"'"}
 _SPACE, _NEWLINES = re.compile(r"\s*"), re.compile("\n*")
 _WORD = re.compile(r"[^\W\d]\w*")
 _WORD_LIMIT = 256
@@ -106,7 +106,10 @@ class Cursor:
             yield
 
     def value(self, take: Take) -> Waiting[bool]:
-        """Gives one JSON value to `take` as it comes, told by quotes and brackets; False where it breaks off."""
+        """Gives one JSON value to `take` as it comes, told by quotes and brackets; False where it breaks off.
+
+        A marker ends it, but not within a string: a model may be asked to write just that.
+        """
         depth, in_string, begun = 0, False, False
         while True:
             pattern = _IN_STRING if in_string else _IN_BRACKETS if depth else _SCALAR_END
@@ -122,13 +125,11 @@ class Cursor:
                 if char == "\\":
                     if not (yield from self._escape(take)):
                         return False
-                elif char == '"':
+                else:
                     self._take(found.end(), take)
                     in_string = False
                     if not depth:
                         return True
-                else:
-                    return False
             elif not depth and begun:
                 return True
             elif char == '"':
@@ -178,8 +179,6 @@ class Cursor:
             if self.ended:
                 return False
             yield
-        if FIRST_CONTROL <= ord(self._text[self._at + 1]) <= 0xDFFF:
-            return False
         self._take(self._at + 2, take)
         return True
 

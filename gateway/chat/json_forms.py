@@ -50,8 +50,13 @@ def mistral(reader: CallReader) -> Waiting[None]:
     opening, args, call_id = map(reader.spell, ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"))
     named = {name + mark: name for name in reader.names for mark in (args, call_id)}
     while (yield from cursor.until((opening,), reader.tell)):
-        yield from cursor.space()
-        found = yield from cursor.literal("[", "{", *named)
+        found = opening
+        while found == opening:  # one after another: only the last may open something
+            marker = cursor.held.pop()
+            reader.give_up()
+            cursor.hold(marker)
+            yield from cursor.space()
+            found = yield from cursor.literal("[", "{", opening, *named)
         if found == "[":
             yield from _array(reader)
         elif found == "{":
@@ -147,7 +152,7 @@ def _stream(reader: CallReader, name: str) -> Waiting[bool]:
 def _captured_value(reader: CallReader) -> Waiting[str]:
     start = len(reader.cursor.held)
     whole = yield from reader.cursor.value(reader.cursor.hold)
-    return "".join(reader.cursor.held[start:]) if whole else ""
+    return reader.plain("".join(reader.cursor.held[start:])) if whole else ""
 
 
 def functionary(reader: CallReader) -> Waiting[None]:

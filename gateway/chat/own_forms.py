@@ -117,7 +117,7 @@ def _keywords(reader: CallReader, name: str) -> Waiting[bool]:
         start = len(cursor.held)
         if not (yield from cursor.code(cursor.hold)):
             return False
-        value = "".join(cursor.held[start:])
+        value = reader.plain("".join(cursor.held[start:]))
         if before == "{":
             reader.begin(name)
         cursor.held.clear()
@@ -137,7 +137,11 @@ def harmony(reader: CallReader) -> Waiting[None]:
     channel, start, message = map(reader.spell, ("<|channel|>", "<|start|>", "<|message|>"))
     ends = [reader.spell(mark) for mark in ("<|end|>", "<|return|>", "<|call|>", "<|start|>", "<|channel|>")]
     found = yield from cursor.literal(channel, start, " to=")
-    while found or (found := (yield from cursor.until((channel, start), reader.tell))):
+    while found or (found := (yield from cursor.until(ends, reader.tell))):
+        if found not in (channel, start, " to="):
+            cursor.held.clear()
+            found = ""
+            continue
         yield from cursor.until((message,), cursor.hold)
         header = reader.plain("".join(cursor.held))
         if not header.endswith("<|message|>"):

@@ -72,7 +72,7 @@ class ReplyReader:
         self._bytes = tokenizer.token_bytes
         self._decode = tokenizer.incremental_decoder().decode
         self._lead = "" if raw else _lead_of_text(bundle)
-        self._tail = "" if raw else bundle.frame.tail
+        self._tail = "" if raw else _without_controls(bundle, bundle.frame.tail)
         self._stops = tuple(stops) if raw else (*stops, *bundle.stop_strings)
         self._cuts = bool(self._stops or self._tail)
         self._held = ""
@@ -85,7 +85,7 @@ class ReplyReader:
             self._calls = CallReader(
                 speech,
                 tool_use.tools,
-                tokenizer.control_ids,
+                {name: tokenizer.added_ids[name] for name in bundle.controls.names},
                 _short_id if speech.tool_calls in ("mistral", "mistral_args") else _call_id,
                 in_reasoning=opens_reasoning,
                 single=tool_use.single,
@@ -191,13 +191,16 @@ def _part(calls: CallReader) -> Part:
 
 
 def _lead_of_text(bundle: Bundle) -> str:
-    """What comes as text before a reply's own: control tokens are none, and what the call reader knows is its own."""
+    """What comes as text before a reply's own, but for reasoning, which the call reader knows."""
     lead, speech = bundle.frame.lead, bundle.speech
-    if speech.reasoning is not None and speech.reasoning[1] in lead:
-        return ""
-    for name in bundle.tokenizer.control_ids if lead else ():
-        lead = lead.replace(name, "")
-    return lead
+    return "" if speech.reasoning is not None and speech.reasoning[1] in lead else _without_controls(bundle, lead)
+
+
+def _without_controls(bundle: Bundle, written: str) -> str:
+    """What a template writes, as text: control tokens are none."""
+    for name in bundle.tokenizer.control_ids if written else ():
+        written = written.replace(name, "")
+    return written
 
 
 def _call_id() -> str:

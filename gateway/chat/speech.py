@@ -75,12 +75,14 @@ def call_opening(speech: Speech, names: Sequence[str], *, in_reasoning: bool = F
     """What a reply that must be a call begins with: up to the arguments for one name, up to the name for several.
 
     It goes into the prompt, so that the model can only go on from there. Reasoning that the prompt has opened is closed
-    first (`in_reasoning`); an empty one that the template puts before a reply (`lead`) is put before this one too.
+    first (`in_reasoning`); what the template puts before a reply (`lead`), an empty reasoning or a space, comes before it.
     Nothing makes the model finish what is begun: its arguments may still be no JSON, its name none of `names`.
     """
     before = ""
     if speech.reasoning is not None:
         before = f"\n{speech.reasoning[1]}\n\n" if in_reasoning else lead if speech.reasoning[1] in lead else ""
+    if lead.isspace():
+        before = lead
     name = names[0] if len(names) == 1 else None
     return before + _opening(speech.tool_calls, name)
 
