@@ -93,7 +93,7 @@ class House:
             created_at = int((prepared.path / "base.json").stat().st_mtime)
             engine = await self._make_engine(name, settings, prepared)
             base = Base(name, bundle, engine, name, context, created_at, prepared)
-            await self.templates.add_base(base, aliases)
+            await self.templates.add_base(base, aliases, settings.options)
             for row in await self.store.read(lambda connection: model_statements.of_base(connection, name)):
                 await self.publish(row)
             if isinstance(engine, Engine):

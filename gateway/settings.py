@@ -29,6 +29,7 @@ class BaseSettings(Section, frozen=True):
 
     path: str
     template: str = "vicuna_v1.1"
+    options: dict[str, Any] = {}  # render options, over the template's own
     context_length: int | None = None  # None: what the model's config says
     max_seqs: int = 8  # sequences in one batch
     threads: int | None = None  # None: all processors
@@ -144,7 +145,7 @@ def _complete(settings: Settings, config: Path | None) -> Settings:
         if not name or len(name) > 200:
             raise SettingsError(f"[bases.{name!r}]: a name has 1 to 200 characters")
         path = (folder / Path(base.path).expanduser()).resolve()
-        bases[name] = msgspec.structs.replace(base, path=str(path))
+        bases[name] = msgspec.structs.replace(base, path=str(path), options=_plain(base.options))
     templates = {name: _complete_template(name, found, folder) for name, found in settings.templates.items()}
     for alias, target in settings.aliases.items():
         if target not in bases:
@@ -174,13 +175,23 @@ def _complete_template(name: str, settings: TemplateSettings, folder: Path) -> T
         return settings
     if fields:
         raise SettingsError(f"[templates.{name}] has both `jinja` and `{min(fields)}`; a template is one or the other")
-    if "{" in settings.jinja or "\n" in settings.jinja:
-        return settings
-    path = (folder / Path(settings.jinja).expanduser()).resolve()
+    text = settings.jinja
+    if "{" not in text and "\n" not in text:
+        text = _read_template(name, (folder / Path(text).expanduser()).resolve())
+    return msgspec.structs.replace(settings, jinja=text, options=_plain(settings.options))
+
+
+def _read_template(name: str, path: Path) -> str:
     try:
-        return msgspec.structs.replace(settings, jinja=path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise SettingsError(f"[templates.{name}]: cannot read the chat template {path}: {error}") from error
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """As JSON has it: a TOML date becomes the text YYYY-MM-DD."""
+    plain: dict[str, Any] = msgspec.to_builtins(options)
+    return plain
 
 
 def _is_loopback(host: str) -> bool:

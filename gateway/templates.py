@@ -110,12 +110,14 @@ class Templates:
         entry = self.registered(name)
         return None if entry is None or name in self._built_in else {"kind": entry.kind, "source": dict(entry.source)}
 
-    async def add_base(self, base: Base, aliases: Iterable[str]) -> None:
+    async def add_base(self, base: Base, aliases: Iterable[str], options: Mapping[str, Any]) -> None:
         """Puts a base as it was prepared into the catalog, rendered through what its template's name stands for now.
 
-        Raises SettingsError when a registered template does not fit it.
+        `options` are its render options. Raises SettingsError when they or a registered template do not fit it.
         """
         async with self._changing:
+            if options:
+                base = replace(base, bundle=await asyncio.to_thread(_with_options, base.bundle, options))
             self._prepared[base.name] = base.bundle
             entry = self.registered(base.prepared.template)
             if entry is not None:
@@ -288,6 +290,13 @@ def _built_in(name: str, template: Template) -> Entry:
 def _entry_name(base: Base) -> str:
     name = base.prepared.template
     return f"{base.name}:{OWN_TEMPLATE}" if name == OWN_TEMPLATE else name
+
+
+def _with_options(bundle: Bundle, options: Mapping[str, Any]) -> Bundle:
+    try:
+        return bundle.with_options(options)
+    except ValueError as error:
+        raise SettingsError(f"its render options cannot be used: {error}") from error
 
 
 def _tokens(bundle: Bundle) -> dict[str, str]:

@@ -37,6 +37,7 @@ template = "model"
 [bases.other]
 path = "{demo}"
 template = "of-the-house"
+options = {{ system = "Be quick.", date = 2026-01-02 }}
 
 [templates.of-the-house]
 system_template = "<<{{system_message}}>>"
@@ -138,6 +139,15 @@ def test_a_base_whose_settings_name_a_template_of_the_settings_is_rendered_throu
     refused = call(own, "DELETE", "/templates/of-the-house")
     assert refused.status_code == 400 and "settings" in refused.json()["error"]["message"]
     assert prompt_tokens(own, "other") != prompt_tokens(own, BASE)
+
+
+def test_render_options_of_a_base_are_part_of_its_bundle(own: Server) -> None:
+    lines = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}]
+    found = call(own, "POST", "/fine_tuning/preview", {"model": "other", "lines": lines}).json()
+    runs = found["data"][0]["sequences"][0]["runs"]
+    assert "<<Be quick.>>" in "".join(run["text"] for run in runs if not run["trained"])
+    (base,) = call(own, "GET", "/templates/of-the-house").json()["bases"]
+    assert base == {"id": "other", "version": found["template"]["version"]}
 
 
 def test_a_base_may_be_rendered_through_the_template_that_its_model_brings(own: Server) -> None:

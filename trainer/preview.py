@@ -23,13 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from gateway.chat.bundle import TEMPLATE_FILE, TOKENIZER_FILE, Bundle
-from gateway.chat.conversation import RenderError
-from gateway.chat.render import IGNORED, TrainingSequence, render_example
+from gateway.chat.render import IGNORED, TrainingSequence
 from gateway.chat.tokenizer import Tokenizer
 from gateway.jobdir import Hyperparameters
 from trainer.check import resolve
-from trainer.conversations import BadExample, parse_example
-from trainer.dataset import MIN_EXAMPLES, Survey
+from trainer.dataset import MIN_EXAMPLES, Survey, render_line
 from trainer.jsonl import BadLine, read_jsonl
 
 PROBLEMS_SHOWN = 200
@@ -60,29 +58,17 @@ def preview(
         if time.monotonic() > deadline:
             complete = False
             break
-        number, sequences, problem = _render(line, bundle, max_length)
-        if problem is not None:
+        found = render_line(line, bundle, max_length)
+        if isinstance(found, BadLine):
             survey.n_problems += 1
             if survey.n_problems <= PROBLEMS_SHOWN:
-                yield {"line": number, "problem": problem}
+                yield {"line": found.number, "problem": {"message": found.reason, "field": _field(found.reason)}}
             continue
-        survey.add(sequences)
-        if shown < limit:
+        survey.add(found)
+        if shown < limit and not isinstance(line, BadLine):
             shown += 1
-            yield {"line": number, **_example(sequences, bundle)}
+            yield {"line": line[0], **_example(found, bundle)}
     yield {"summary": _summary(survey, max_length, complete)}
-
-
-def _render(
-    line: tuple[int, Any] | BadLine, bundle: Bundle, max_length: int
-) -> tuple[int, list[TrainingSequence], dict[str, str | None] | None]:
-    if isinstance(line, BadLine):
-        return line.number, [], {"message": line.reason, "field": None}
-    number, value = line
-    try:
-        return number, render_example(bundle, parse_example(value), max_length), None
-    except (BadExample, RenderError) as error:
-        return number, [], {"message": str(error), "field": _field(str(error))}
 
 
 def _field(reason: str) -> str | None:
