@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,19 @@ import httpx
 import pytest
 from fastchat.conversation import Conversation, SeparatorStyle, get_conv_template
 
-from gateway.bases import prepare
+from gateway.bases import PreparedBase, prepare
+from gateway.chat.bundle import Bundle, make_bundle
+from gateway.engines.attached import AttachedEngine
+from gateway.engines.catalog import Base, Catalog, TunedModel
+from gateway.engines.client import Deadlines
 from gateway.errors import RequestError, SettingsError
 from gateway.settings import load_settings
-from gateway.templates import settings_entries
+from gateway.store.database import Store
+from gateway.templates import Templates, settings_entries
 from gateway.wire.templates import parse_registration
 from tests.server import Server
 from tests.tiny_model import write_tiny_model
+from tests.tiny_tokenizers import sentencepiece_like
 
 BASE = "tunegate-demo"
 JINJA = (
@@ -226,6 +233,51 @@ def test_a_template_cannot_be_sent_along_with_a_chat_request(server: Server) -> 
     body = {"model": BASE, "messages": [{"role": "user", "content": "x"}], "chat_template": JINJA}
     response = call(server, "POST", "/chat/completions", body)
     assert response.status_code == 400 and response.json()["error"]["param"] == "chat_template"
+
+
+@pytest.mark.anyio
+async def test_an_override_reaches_a_base_under_all_its_names_but_no_tuned_model(tmp_path: Path) -> None:
+    override = parse_registration(fastchat_body("vicuna_v1.1") | {"override": True})
+    prepared = make_bundle("vicuna_v1.1", sentencepiece_like(), [2])
+    async with opened(tmp_path, "vicuna_v1.1", prepared) as (templates, catalog):
+        catalog.publish(TunedModel("ft:tiny:x", "tiny", prepared, "ft:tiny:x@1", 1, "local"))
+        await templates.register(override)
+        changed = catalog.model("tiny").bundle
+        assert changed.digest != prepared.digest
+        assert catalog.model("alias").bundle is changed and catalog.base_for_tuning("alias").bundle is changed
+        assert catalog.model("ft:tiny:x").bundle is prepared
+    async with opened(tmp_path, "vicuna_v1.1", prepared) as (templates, catalog):
+        assert catalog.model("alias").bundle.digest == changed.digest, "after a restart too"
+        await templates.remove("vicuna_v1.1")
+        assert catalog.model("alias").bundle is catalog.base("tiny").bundle is prepared
+
+
+@pytest.mark.anyio
+async def test_a_template_that_a_base_needs_cannot_be_deleted(tmp_path: Path) -> None:
+    prepared = make_bundle("vicuna_v1.1", sentencepiece_like(), [2])
+    async with opened(tmp_path, "mine", prepared) as (templates, catalog):
+        await templates.register(parse_registration(fastchat_body("mine")))
+        assert catalog.model("tiny").bundle.template.name == "mine"
+        with pytest.raises(RequestError, match="'tiny' is rendered through the template 'mine'"):
+            await templates.remove("mine")
+        assert templates.entry("mine").origin == "api"
+
+
+@asynccontextmanager
+async def opened(folder: Path, template: str, bundle: Bundle) -> AsyncIterator[tuple[Templates, Catalog]]:
+    """The registry over a store in `folder`, and a base that names `template`; its engine is never asked."""
+    store, catalog = Store.open(folder / "tunegate.db"), Catalog(Deadlines(1, 1))
+    templates = Templates({}, catalog)
+    await templates.open(store)
+    files = PreparedBase("tiny", folder, folder / "none.gguf", "sha256:0", "LlamaForCausalLM", 256, template, (2,))
+    base = Base("tiny", bundle, AttachedEngine("http://127.0.0.1:1", ""), "tiny", 256, 1, files)
+    await templates.add_base(base, ["alias"], {})
+    try:
+        yield templates, catalog
+    finally:
+        templates.close()
+        catalog.close()
+        store.close()
 
 
 @pytest.mark.parametrize(
