@@ -5,6 +5,7 @@ Place in the flow: bundle → **speech** → parse (reads replies by it) and inf
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ _THINKING = (
     ("<thinking>", "</thinking>"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
 )
+_SHORT_ID = re.compile("[a-zA-Z0-9]{9}")
 _HARMONY_REASONING = ("<|channel|>analysis<|message|>", "<|end|>")
 _LLAMA_3_CALL = re.compile(r'\{"name": (?:function name|"\s*\'?).{0,400}?"parameters": ', re.DOTALL)
 _HERMES_CALL = re.compile(r"""<tool_call>[\s\\n'"{}\-]*\{\\?['"]?\s*\\?["']name""")
@@ -69,6 +71,13 @@ def read_speech(template: str) -> Speech:
 def opens_reasoning(speech: Speech, prompt: str) -> bool:
     """Whether a prompt's text ends inside the reasoning, as those of R1's kin do."""
     return speech.reasoning is not None and prompt.rstrip().endswith(speech.reasoning[0])
+
+
+def call_id_for(speech: Speech, call_id: str) -> str:
+    """A call's id as the template takes it: Mistral's refuse all but nine letters and digits, and others get such a name."""
+    if speech.tool_calls not in ("mistral", "mistral_args") or _SHORT_ID.fullmatch(call_id):
+        return call_id
+    return hashlib.sha256(call_id.encode()).hexdigest()[:9]
 
 
 def call_opening(speech: Speech, names: Sequence[str], *, in_reasoning: bool = False, lead: str = "") -> str:

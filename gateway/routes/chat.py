@@ -45,35 +45,53 @@ class ChatCompletions:
 
 async def _events(request: wire.ChatRequest, generation: Generation) -> AsyncIterator[bytes]:
     write = wire.ChunkWriter(new_id("chatcmpl-"), int(time.time()), request.model, include_usage=request.include_usage)
-    content = b'""' if generation.plain else b"null"
-    called = write.function_call if request.tools.older else write.call
+    spoken = None if generation.plain else _Spoken(request, write)
     started: set[int] = set()
-    silent: set[int] = set()  # begun without content and still without
     async for deltas in generation.deltas():
         data = b""
         for delta in deltas:
+            if spoken is not None:
+                data += spoken.frames(delta)
+                continue
             index = delta.index
             if index not in started:
                 started.add(index)
-                data += write.role(index, content=content)
-                if not generation.plain:
-                    silent.add(index)
-            if delta.reasoning:
-                data += write.reasoning(index, delta.reasoning)
-            if delta.text:
-                silent.discard(index)
+                data += write.role(index)
             if delta.text or delta.logprobs:
-                data += write.text(index, delta.text if generation.plain else delta.text or None, _logprobs(delta))
-            for call in delta.calls:
-                data += called(index, call)
-                silent.discard(index)
+                data += write.text(index, delta.text, _logprobs(delta))
             if delta.finish_reason is not None:
-                if index in silent:
-                    data += write.text(index, "")
-                data += write.finish(index, _reason(request, delta.finish_reason))
+                data += write.finish(index, delta.finish_reason)
         if data:
             yield data
     yield (write.usage(_usage(generation)) if request.include_usage else b"") + DONE
+
+
+class _Spoken:
+    """Writes the frames of replies that may hold reasoning and calls: their content is null until there is some."""
+
+    def __init__(self, request: wire.ChatRequest, write: wire.ChunkWriter) -> None:
+        self._request, self._write = request, write
+        self._call = write.function_call if request.tools.older else write.call
+        self._said: dict[int, bool] = {}  # by choice: whether there was content or a call
+
+    def frames(self, delta: Delta) -> bytes:
+        write, index, data = self._write, delta.index, b""
+        if index not in self._said:
+            self._said[index] = False
+            data += write.role(index, content=b"null")
+        if delta.reasoning:
+            data += write.reasoning(index, delta.reasoning)
+        if delta.text or delta.logprobs:
+            data += write.text(index, delta.text or None, _logprobs(delta))
+        for call in delta.calls:
+            data += self._call(index, call)
+        if delta.text or delta.calls:
+            self._said[index] = True
+        if delta.finish_reason is not None:
+            if not self._said[index]:
+                data += write.text(index, "")
+            data += write.finish(index, _reason(self._request, delta.finish_reason))
+        return data
 
 
 async def _whole(request: wire.ChatRequest, generation: Generation) -> bytes:

@@ -61,19 +61,25 @@ WRITTEN: dict[ToolForm, tuple[str, str, str]] = {
 }
 
 
-def speaking(form: ToolForm, *, thinks: bool = False) -> Bundle:
+def speaking(form: ToolForm, *, thinks: bool = False, ids: bool = False) -> Bundle:
     """A bundle with a template in ChatML that offers tools and writes their calls in one form."""
     before, each, after = WRITTEN[form]
+    each = (
+        "{% if call.id | length != 9 %}{{ raise_exception('nine!') }}{% endif %}id={{ call.id }};" + each
+        if ids
+        else each
+    )
     shown = 'Answer so: <tool_call>\n{"name": …}' if form == "hermes" else ""
     shown = '{"name": function name, "parameters": object}' if form == "llama3_json" else shown
     thought = (
         "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}" if thinks else ""
     )
+    answered = "{% if m.role == 'tool' %}id={{ m.tool_call_id }};{% endif %}" if ids else ""
     template = (
         "{% if tools %}<|im_start|>system\n"
         + shown
         + "{% for t in tools %}{{ t | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n" + thought + "{{ m.content or '' }}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n" + thought + answered + "{{ m.content or '' }}"
         "{% if m.tool_calls %}{{ '\n' if m.content }}"
         + f"{{{{ {before!r} }}}}"
         + "{% for call in m.tool_calls %}{% set f = call.function %}"
@@ -455,6 +461,22 @@ def test_a_template_that_has_no_form_for_tools_refuses_them_by_its_name(house: H
 
 
 # training
+
+
+def test_ids_that_a_template_of_mistrals_would_refuse_are_named_anew_and_answers_with_them() -> None:
+    bundle = speaking("mistral", ids=True)
+    call = ToolCall("call_0123456789", "get", "{}")
+    asked = [
+        Message("user", "?"),
+        Message("assistant", "", tool_calls=(call,)),
+        Message("tool", "sun", tool_call_id=call.id),
+    ]
+    text = bundle.tokenizer.decode(render_prompt(bundle, asked, TOOLS).ids)
+    (called_as, answered_as) = re.findall(r"id=(\w+);", text)
+    assert called_as == answered_as
+    assert len(called_as) == 9
+    kept = [Message("assistant", "", tool_calls=(ToolCall("abcDEF123", "get", "{}"),)), Message("user", "?")]
+    assert "id=abcDEF123;" in bundle.tokenizer.decode(render_prompt(bundle, kept, TOOLS).ids)
 
 
 @pytest.mark.parametrize("form", list(WRITTEN))
