@@ -13,7 +13,7 @@ from typing import Literal
 from gateway.chat.bundle import Bundle
 from gateway.chat.conversation import Message, Options, RenderError, ToolCall, Tools
 from gateway.chat.sandbox import TooLong
-from gateway.chat.speech import call_id_for
+from gateway.chat.speech import call_id_for, offered
 
 IGNORED = -100
 QUICK_CHARACTERS = 4000  # what can be rendered and tokenised within about a millisecond
@@ -126,7 +126,7 @@ class _Writer:
         self._template, self._tokenizer = bundle.template, bundle.tokenizer
         self._quick = quick
         mark_all = bundle.controls.mark_all
-        self._tools = [mark_all(tool) for tool in tools] if tools else None
+        self._tools = [mark_all(offered(tool)) for tool in tools] if tools else None
         self._options = {**bundle.options, **mark_all(options or {})}
 
     def prompt(self, messages: Sequence[Message]) -> Prompt:

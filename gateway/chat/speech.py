@@ -73,6 +73,12 @@ def opens_reasoning(speech: Speech, prompt: str) -> bool:
     return speech.reasoning is not None and prompt.rstrip().endswith(speech.reasoning[0])
 
 
+def offered(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool as a template shows it to the model: `strict` is a word to the server, and what is null is not there."""
+    function = {key: value for key, value in tool["function"].items() if key != "strict" and value is not None}
+    return {"type": "function", "function": function}
+
+
 def call_id_for(speech: Speech, call_id: str) -> str:
     """A call's id as the template takes it: Mistral's refuse all but nine letters and digits, and others get such a name."""
     if speech.tool_calls not in ("mistral", "mistral_args") or _SHORT_ID.fullmatch(call_id):

@@ -92,7 +92,6 @@ def _tool(raw: Any, where: str) -> dict[str, Any]:
 
 
 def _function(raw: Any, where: str) -> dict[str, Any]:
-    """A function as templates show it to the model: `strict` is a word to the server and is left out."""
     if not isinstance(raw, dict):
         raise RequestError(f"'{where}' must be an object with a name, not {show(raw)}", param=where)
     name, description, parameters = raw.get("name"), raw.get("description"), raw.get("parameters")
@@ -114,7 +113,7 @@ def _function(raw: Any, where: str) -> dict[str, Any]:
         raise RequestError(
             f"'{where}.strict' must be true or false, not {show(raw['strict'])}", param=f"{where}.strict"
         )
-    return {key: value for key, value in raw.items() if key != "strict" and value is not None}
+    return raw
 
 
 def _forced(choice: Any, names: tuple[str, ...]) -> tuple[str, ...]:

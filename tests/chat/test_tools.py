@@ -379,6 +379,15 @@ def test_a_required_call_leaves_the_name_to_the_model(house: House, form: ToolFo
     assert reply.choices[0].finish_reason == "tool_calls"
 
 
+def test_strict_is_taken_and_not_shown_to_the_model(house: House) -> None:
+    engine = house.engine("hermes", "Hm.")
+    ask(house, "hermes", stream=False)
+    shown = engine.prompt
+    strict = [{**tool, "function": {**tool["function"], "strict": True}} for tool in TOOLS]
+    ask(house, "hermes", stream=False, tools=strict)
+    assert engine.prompt == shown
+
+
 def test_the_choice_none_shows_the_model_no_tools(house: House) -> None:
     engine = house.engine("hermes", write_call("hermes", "get", {}))
     reply = ask(house, "hermes", stream=False, tool_choice="none")

@@ -87,11 +87,6 @@ def test_the_choice_none_leaves_the_tools_out() -> None:
     assert chat.parse({**HELLO, "functions": [FUNCTION], "function_call": "none"}).tools.use.tools == ()
 
 
-def test_strict_is_taken_and_not_shown_to_the_model() -> None:
-    tools = chat.parse({**HELLO, "tools": [{"type": "function", "function": {**FUNCTION, "strict": True}}]}).tools
-    assert tools.use.tools == ({"type": "function", "function": FUNCTION},)
-
-
 def test_functions_are_tools_that_reply_in_the_older_form() -> None:
     tools = chat.parse({**HELLO, "functions": [FUNCTION], "function_call": {"name": "f"}}).tools
     assert tools.use.tools == ({"type": "function", "function": FUNCTION},)
