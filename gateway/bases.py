@@ -29,7 +29,7 @@ from gateway.jobdir import read_json, write_json
 SOURCE_FILE = "source.json"
 LOCK_PREFIX = ".lock-"
 LOCK_TIMEOUT_S = 1800.0
-SOURCE_PATTERNS = ("*.safetensors", "*.json", "tokenizer.model", "*.gguf", "chat_template.jinja")
+SOURCE_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.tiktoken", "*.gguf", "chat_template.jinja")
 KEPT_LINES = 20
 LINE_LIMIT_BYTES = 1 << 20
 

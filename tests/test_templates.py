@@ -16,6 +16,8 @@ from fastchat.conversation import Conversation, SeparatorStyle, get_conv_templat
 
 from gateway.bases import PreparedBase, prepare
 from gateway.chat.bundle import Bundle, make_bundle
+from gateway.chat.conversation import Message
+from gateway.chat.render import render_prompt
 from gateway.engines.attached import AttachedEngine
 from gateway.engines.catalog import Base, Catalog, TunedModel
 from gateway.engines.client import Deadlines
@@ -189,6 +191,20 @@ def test_a_models_own_template_is_found_where_models_keep_it(tmp_path: Path, for
     template = written["source"]["template"]
     assert (template if form != "list" else template["default"]) == JINJA
     assert written["source"]["tokens"] == {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+def test_a_model_with_a_sentencepiece_file_alone_is_prepared_with_the_same_ids(tmp_path: Path) -> None:
+    source = write_tiny_model(tmp_path / "source")
+    whole = asyncio.run(prepare("tiny", source, "vicuna_v1.1", tmp_path / "bases/whole"))
+    (source / "tokenizer.json").unlink()
+    converted = asyncio.run(prepare("tiny", source, "vicuna_v1.1", tmp_path / "bases/converted"))
+    asked = [Message("system", "Set  a timer."), Message("user", "What is the weather in Boston? café \n\n</s>")]
+    prompts = [render_prompt(read_bundle(base.path), asked) for base in (whole, converted)]
+    assert prompts[0].ids == prompts[1].ids and prompts[0].stop_ids == prompts[1].stop_ids
+
+
+def read_bundle(folder: Path) -> Bundle:
+    return Bundle.from_files({name: (folder / name).read_bytes() for name in ("template.json", "tokenizer.json")})
 
 
 def test_a_template_that_a_base_cannot_be_rendered_through_never_reaches_it(own: Server) -> None:

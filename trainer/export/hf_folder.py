@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.export.tensors import UnsupportedModel
+from trainer.export.tokenizers import tokenizer_json_of
 
 _HEADER_LIMIT_BYTES = 100_000_000
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
@@ -73,6 +75,11 @@ class HfFolder:
                 if key.endswith("_token") and isinstance(content, str):
                     found[key] = content
         return found
+
+    @cached_property
+    def tokenizer_json(self) -> bytes:
+        """The model's tokenizer in the form that is served, converted where it comes in another."""
+        return tokenizer_json_of(self.path)
 
     def read_bytes(self, name: str) -> bytes:
         path = self.path / name

@@ -65,8 +65,7 @@ def prepare(
     """Makes the folder `out`; one that is there already is replaced. Raises UnsupportedModel, KeyError or ValueError."""
     folder = HfFolder(source)
     name = name or out.name
-    tokenizer = _tokenizer_json(folder)
-    bundle = bundle_of(_template(template, recipe, folder, tokenizer), tokenizer, folder.eos_token_ids)
+    bundle = bundle_of(_template(template, recipe, folder), folder.tokenizer_json, folder.eos_token_ids)
     out.parent.mkdir(parents=True, exist_ok=True)
     with complete_folder(out) as beside, _progress(folder) as progress:
         (beside / "config.json").write_bytes(folder.read_bytes("config.json"))
@@ -92,7 +91,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return recipe
 
 
-def _template(name: str, recipe: dict[str, Any] | None, folder: HfFolder, tokenizer: bytes) -> Template:
+def _template(name: str, recipe: dict[str, Any] | None, folder: HfFolder) -> Template:
     """Raises KeyError for a name that is not built in, ValueError for a template that cannot be used."""
     if name == OWN_TEMPLATE:
         recipe = {"kind": "jinja", "source": {"name": name, "template": folder.chat_template}}
@@ -102,13 +101,9 @@ def _template(name: str, recipe: dict[str, Any] | None, folder: HfFolder, tokeni
     if recipe["kind"] == "jinja":
         source["tokens"] = folder.special_tokens | source.get("tokens", {})
     made = template_from_source(recipe["kind"], source)
-    if problems := validate(made, Tokenizer(tokenizer), tuple(folder.eos_token_ids)):
+    if problems := validate(made, Tokenizer(folder.tokenizer_json), tuple(folder.eos_token_ids)):
         raise ValueError(f"the chat template '{name}' cannot be used: {'; '.join(problems)}")
     return made
-
-
-def _tokenizer_json(folder: HfFolder) -> bytes:
-    return folder.read_bytes("tokenizer.json")
 
 
 def file_sha256(path: Path) -> str:
