@@ -7,7 +7,9 @@ and data; where real templates disagree about the data's form, a probe decides a
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,7 +22,7 @@ from gateway.chat.sandbox import literal_text, render
 OWN_OPTIONS = frozenset({"date", "system"})
 _TAKEN = frozenset({"messages", "tools", "add_generation_prompt"})
 _PROBE_NAME, _PROBE_KEY, _PROBE_VALUE, _PROBE_ANSWER = "probe_name", "probe_key", "probe_value", "probe_answer"
-_PROBE_CALL = ToolCall("probe0001", _PROBE_NAME, json.dumps({_PROBE_KEY: _PROBE_VALUE}))
+_PROBE_CALL = ToolCall("call_0123456789abcdefABCDEFGH", _PROBE_NAME, json.dumps({_PROBE_KEY: _PROBE_VALUE}))
 _PROBE_TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -37,10 +39,21 @@ _PROBE_TOOL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class CallForm:
-    """How a template wants a call: its arguments as an object or as text, and an empty content absent, null or empty."""
+    """How a template wants a call: its arguments as an object or as text, an empty content absent, null or empty, its id as it
+    was given, as nine letters and digits (Mistral's refuse others), or as "functions.NAME:N" (Kimi's write nothing else).
+    """
 
     arguments: Literal["object", "text"] = "object"
     content: Literal["absent", "null", "empty"] = "absent"
+    ids: Literal["given", "nine", "named"] = "given"
+
+
+_FORMS = tuple(
+    CallForm(arguments, content, ids)
+    for ids in ("given", "nine", "named")
+    for content in ("absent", "null", "empty")
+    for arguments in ("object", "text")
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +103,7 @@ class JinjaTemplate:
                 raise RenderError(
                     f"messages[{number}] holds a tool's result, and the template '{self.name}' writes none"
                 )
-        return self._render([_plain(message, form) for message in messages], generate, tools, options, quick)
+        return self._render(_plain_messages(messages, form), generate, tools, options, quick)
 
     def source(self) -> dict[str, Any]:
         return {"name": self.name, "template": self.template, "tokens": self.tokens, "options": self.options}
@@ -99,7 +112,7 @@ class JinjaTemplate:
     def offers_tools(self) -> bool:
         """Whether tools come out in the prompt."""
         try:
-            return _PROBE_NAME in self._render([_plain(Message("user", "?"))], True, [_PROBE_TOOL])
+            return _PROBE_NAME in self._render(_plain_messages([Message("user", "?")]), True, [_PROBE_TOOL])
         except RenderError:
             return False
 
@@ -110,10 +123,7 @@ class JinjaTemplate:
         Most templates write `arguments | tojson` or go through its items, and a text would come out as a quoted one. Some put
         the text in as it is, and would show an object as Python does. R1's write calls only of messages whose content is null.
         """
-        for form in (CallForm(), CallForm(arguments="text"), CallForm(content="null"), CallForm("text", "null")):
-            if self._writes_call(form):
-                return form
-        return next((f for f in (CallForm(content="empty"), CallForm("text", "empty")) if self._writes_call(f)), None)
+        return next((form for form in _FORMS if self._writes_call(form)), None)
 
     @cached_property
     def takes_answers(self) -> bool:
@@ -142,7 +152,7 @@ class JinjaTemplate:
     def _offered_names(self) -> int:
         """How often the probe's name comes out when it is only offered."""
         try:
-            return self._render([_plain(Message("user", "?"))], True, [_PROBE_TOOL]).count(_PROBE_NAME)
+            return self._render(_plain_messages([Message("user", "?")]), True, [_PROBE_TOOL]).count(_PROBE_NAME)
         except RenderError:
             return 0
 
@@ -150,8 +160,7 @@ class JinjaTemplate:
         messages = [Message("user", "?"), Message("assistant", "", tool_calls=(_PROBE_CALL,))]
         if answered:
             messages.append(Message("tool", _PROBE_ANSWER, tool_call_id=_PROBE_CALL.id, name=_PROBE_NAME))
-        plain = [_plain(message, form) for message in messages]
-        return self._render(plain, answered, [_PROBE_TOOL] if self.offers_tools else None)
+        return self._render(_plain_messages(messages, form), answered, [_PROBE_TOOL] if self.offers_tools else None)
 
     def _render(
         self,
@@ -188,18 +197,25 @@ def tokens_of(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-def _plain(message: Message, form: CallForm | None = None) -> dict[str, Any]:
+def _plain_messages(messages: Sequence[Message], form: CallForm = CallForm()) -> list[dict[str, Any]]:
+    ids: dict[str, str] = {}
+    for message in messages:
+        for call in message.tool_calls:
+            ids[call.id] = _id(call, len(ids), form)
+    return [_plain(message, form, ids) for message in messages]
+
+
+def _plain(message: Message, form: CallForm, ids: Mapping[str, str]) -> dict[str, Any]:
     """A message as chat templates know it. What is absent has no key, as in transformers."""
     plain: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
-        form = form or CallForm()
-        plain["tool_calls"] = [_plain_call(call, form) for call in message.tool_calls]
+        plain["tool_calls"] = [_plain_call(call, form, ids) for call in message.tool_calls]
         if not message.content and form.content == "absent":
             del plain["content"]
         elif not message.content and form.content == "null":
             plain["content"] = None
     if message.tool_call_id is not None:
-        plain["tool_call_id"] = message.tool_call_id
+        plain["tool_call_id"] = ids.get(message.tool_call_id, message.tool_call_id)
     if message.name is not None:
         plain["name"] = message.name
     if message.reasoning is not None:  # the second name is what gpt-oss reads
@@ -207,7 +223,7 @@ def _plain(message: Message, form: CallForm | None = None) -> dict[str, Any]:
     return plain
 
 
-def _plain_call(call: ToolCall, form: CallForm) -> dict[str, Any]:
+def _plain_call(call: ToolCall, form: CallForm, ids: Mapping[str, str]) -> dict[str, Any]:
     arguments: Any = call.arguments
     if form.arguments == "object":
         try:
@@ -215,7 +231,18 @@ def _plain_call(call: ToolCall, form: CallForm) -> dict[str, Any]:
         except ValueError:
             read = None
         arguments = read if isinstance(read, dict) else call.arguments
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+    return {"id": ids[call.id], "type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+
+def _id(call: ToolCall, number: int, form: CallForm) -> str:
+    if form.ids == "named":
+        return f"functions.{call.name}:{number}"
+    if form.ids == "given" or _NINE.fullmatch(call.id):
+        return call.id
+    return hashlib.sha256(call.id.encode()).hexdigest()[:9]
+
+
+_NINE = re.compile("[A-Za-z0-9]{9}")
 
 
 def _read_date(date: Any) -> datetime.datetime | None:

@@ -29,7 +29,7 @@ from gateway.chat.tokenizer import MARK_END, MARK_START
 
 SOURCE_LIMIT = 128 * 1024  # characters of a template
 NODE_LIMIT = 60_000  # of its syntax tree: what compiling takes grows with it
-TIME_LIMIT_S = 0.8
+TIME_LIMIT_S = 0.5
 STEP_LIMIT = 2_000_000
 SIZE_LIMIT = 8 * 1024 * 1024  # characters of a text; a list or a mapping counts with all that it holds
 TOTAL_LIMIT = 128 * 1024 * 1024  # of all texts that one rendering makes
@@ -399,7 +399,9 @@ def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
         budget: Budget = context.parent[_BUDGET]
         budget.tick()
         if foresee is not None:
-            args = foresee(budget, *args, **kwargs) or args
+            items = foresee(budget, *args, **kwargs)
+            if items is not None:
+                args = (items, *args[1:])
         made = function(*first(context), *args, **kwargs)
         return made if is_part else budget.keep(made)
 
@@ -425,7 +427,7 @@ def _bounded_test(function: Callable[..., Any]) -> Callable[..., Any]:
 _PARTS = frozenset({"attr", "count", "d", "default", "first", "last", "length", "max", "min"})
 
 
-def _foresee_join(budget: Budget, value: Any, d: Any = "", attribute: Any = None) -> tuple[Any, ...] | None:
+def _foresee_join(budget: Budget, value: Any, d: Any = "", attribute: Any = None) -> list[Any] | None:
     if isinstance(value, str | dict) or not hasattr(value, "__iter__"):
         budget.spend(len(str(value)) * (1 + len(str(d))))
         return None
@@ -436,7 +438,7 @@ def _foresee_join(budget: Budget, value: Any, d: Any = "", attribute: Any = None
     else:
         _check_weight(items)
     budget.spend(texts)
-    return (items, d, attribute) if not isinstance(value, list | tuple) else None
+    return items
 
 
 def _foresee_filter_replace(budget: Budget, s: Any, old: Any, new: Any, count: Any = None) -> None:
@@ -466,11 +468,11 @@ def _foresee_filter_format(budget: Budget, value: Any, *args: Any, **kwargs: Any
     _foresee_format(budget, str(value), (*args, *kwargs.values()))
 
 
-def _foresee_sum(budget: Budget, iterable: Any, attribute: Any = None, start: Any = 0) -> tuple[Any, ...]:
+def _foresee_sum(budget: Budget, iterable: Any, attribute: Any = None, start: Any = 0) -> list[Any]:
     items = list(iterable)
     if len(items) > 1000 and not isinstance(start, int | float):
         raise Exceeded("adds up a long list of lists")
-    return (items, attribute, start)
+    return items
 
 
 def _foresee_json(budget: Budget, value: Any, *rest: Any, **options: Any) -> None:
@@ -481,7 +483,7 @@ def _foresee_json(budget: Budget, value: Any, *rest: Any, **options: Any) -> Non
             raise Exceeded("writes JSON with separators of more than 16 characters")
 
 
-_FORESEEN: dict[str, Callable[..., tuple[Any, ...] | None]] = {
+_FORESEEN: dict[str, Callable[..., list[Any] | None]] = {  # those that give a list have run through the first argument
     "batch": _foresee_few,
     "center": _foresee_width,
     "format": _foresee_filter_format,
