@@ -142,9 +142,5 @@ def _opening(form: ToolForm | None, name: str | None) -> str:
         case "functionary_tags":
             return f"<function={name}>" if name else "<function="
         case "harmony":
-            return (
-                f"<|channel|>commentary to=functions.{name}<|message|>"
-                if name
-                else "<|channel|>commentary to=functions."
-            )
+            return " to=functions." + (f"{name}<|channel|>commentary json<|message|>" if name else "")
     return ""

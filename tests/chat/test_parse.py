@@ -15,7 +15,7 @@ from gateway.chat.bundle import Bundle, bundle_of
 from gateway.chat.calls import CallReader
 from gateway.chat.jinja import JinjaTemplate
 from gateway.chat.parse import ReplyReader
-from gateway.chat.speech import Speech, ToolForm, ToolUse, read_speech
+from gateway.chat.speech import Speech, ToolForm, ToolUse, call_opening, read_speech
 from tests.chat.spoken import THINK, TOOLS, Reply, read_text, write_call
 from tests.tiny_tokenizers import byte_level
 
@@ -349,3 +349,17 @@ def test_a_call_begun_in_the_prompt_goes_on_in_the_reply() -> None:
 )
 def test_a_template_says_how_its_model_speaks(template: str, speech: Speech) -> None:
     assert read_speech(template) == speech
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_call_that_was_begun_for_the_model_reads_as_a_call_once_it_goes_on(form: ToolForm) -> None:
+    opening = call_opening(Speech(form), ["get"])
+    own_rests = {"xml": "<parameter=days>\n1\n</parameter>\n</function>", "pythonic": "days=1)]"}
+    rest = own_rests.get(form.removesuffix("_tagged"), ' {"days": 1}')
+    assert read_text(form, opening).calls in ([], [("get", "")])
+    ((name, text),) = read_text(form, opening + rest).calls
+    assert (name, json.loads(text)) == ("get", {"days": 1})
+    thinking = Speech(form, THINK)
+    assert call_opening(thinking, ["get"], in_reasoning=True) == f"\n</think>\n\n{opening}"
+    assert call_opening(thinking, ["get"], lead="<think>\n\n</think>\n\n") == f"<think>\n\n</think>\n\n{opening}"
+    assert call_opening(Speech(form), ["get"], lead=" ") == f" {opening}"
