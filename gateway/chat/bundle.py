@@ -44,6 +44,11 @@ class Bundle:
         return (self.frame.stop,) if self.frame.stop_id is None else ()
 
     @cached_property
+    def silent_ids(self) -> frozenset[int]:
+        """Tokens that are no text of a reply: control tokens, and what ends it."""
+        return self.tokenizer.control_id_set | set(self.stop_ids)
+
+    @cached_property
     def digest(self) -> str:
         """Names this version: "sha256:…" over both files."""
         digest = hashlib.sha256()

@@ -68,7 +68,7 @@ class ReplyReader:
         Calls are looked for where there are tools. `begun` are ids of the prompt that count as the reply's first.
         """
         tokenizer, speech = bundle.tokenizer, bundle.speech
-        self._control = tokenizer.control_id_set
+        self._control = bundle.silent_ids
         self._bytes = tokenizer.token_bytes
         self._decode = tokenizer.incremental_decoder().decode
         self._lead = "" if raw else _lead_of_text(bundle)
