@@ -52,8 +52,8 @@ def _download(into: Path, root: Path) -> Path:
     if not (into / name).is_file():
         last = (done.stderr or done.stdout).strip().splitlines()[-3:]
         raise SdistUnavailable(
-            f"the source of llama-cpp-python {VERSION} cannot be fetched, which holds the vocabularies and templates to compare "
-            f"with. Put {name} into {root}, or make this work: {' '.join(command)}\n" + "\n".join(last)
+            f"the source of llama-cpp-python {VERSION}, which holds the vocabularies and templates to compare with, cannot be "
+            f"fetched. Put {name} into {root}, or make this work: {' '.join(command)}\n" + "\n".join(last)
         )
     return into / name
 
