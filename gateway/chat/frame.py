@@ -76,8 +76,11 @@ def needed_tools(template: Template, asked: list[Message], options: Mapping[str,
     """None but for templates made for tools alone, which fail without."""
     try:
         template.text(asked, generate=True, options=options)
-    except RenderError:
-        template.text(asked, generate=True, tools=[_PROBE_TOOL], options=options)
+    except RenderError as error:
+        try:
+            template.text(asked, generate=True, tools=[_PROBE_TOOL], options=options)
+        except RenderError:
+            raise error from None
         return [_PROBE_TOOL]
     return None
 

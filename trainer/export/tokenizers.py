@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from trainer.export.gguf_metadata import read_metadata
 from trainer.export.pretokenizers import CL100K, O200K, by_patterns, pretokenizer
@@ -20,6 +20,7 @@ from trainer.export.tensors import UnsupportedModel
 # Kinds of pieces: SentencePiece's numbers, and GGUF's.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _SPACE = "▁"
+Prefix = Literal["never", "first", "always"]  # where SentencePiece's dummy space is put
 _TIKTOKEN_PATTERNS = {
     "llama": ("llama-bpe", None),
     "llama4": ("gpt-4o", None),
@@ -83,7 +84,9 @@ def from_sentencepiece(path: Path, config: dict[str, Any] | None = None) -> byte
         [piece.piece for piece in model.pieces], [piece.score for piece in model.pieces], [p.type for p in model.pieces]
     )
     added = _config_tokens(config)
-    prefix = bool(config.get("add_prefix_space", model.normalizer_spec.add_dummy_prefix))
+    prefix: Prefix = "never"
+    if config.get("add_prefix_space", model.normalizer_spec.add_dummy_prefix):
+        prefix = "always" if config.get("legacy") else "first"  # as transformers' Llama tokenizer takes it
     bos = model.trainer_spec.bos_id if config.get("add_bos_token", True) else None
     return _sentencepiece_json(
         pieces,
@@ -116,8 +119,8 @@ def from_gguf(path: Path) -> bytes:
         wants_bos = kind == "llama" or name in ("llama-bpe", "llama3", "llama-v3", "tekken", "chameleon")
     bos = int(bos) if wants_bos and bos is not None else None
     if kind == "llama":
-        prefix = read("add_space_prefix", True)
-        return _sentencepiece_json(pieces, prefix=bool(prefix), squeeze=False, unigram=False, bos=bos)
+        spaced: Prefix = "always" if read("add_space_prefix", True) else "never"
+        return _sentencepiece_json(pieces, prefix=spaced, squeeze=False, unigram=False, bos=bos)
     merges = _merges(read("merges", []))
     if kind == "gemma4":
         return _spaced_bpe_json(pieces, merges, bos)
@@ -153,7 +156,8 @@ def from_tiktoken(path: Path, config: dict[str, Any], model_type: str) -> bytes:
     texts = [f"<|unused {number}|>" for number in range(max(ranks.values()) + 1)]
     for spelled, rank in ranks.items():
         texts[rank] = _as_byte_level(spelled)
-    pieces = Pieces(texts, [], [NORMAL if text in _written(ranks) else UNUSED for text in texts])
+    known_texts = frozenset(map(_as_byte_level, ranks))
+    pieces = Pieces(texts, [], [NORMAL if text in known_texts else UNUSED for text in texts])
     for token_id, text, special in _config_tokens(config):
         while len(pieces.texts) <= token_id:
             pieces.texts.append(f"<|unused {len(pieces.texts)}|>")
@@ -182,7 +186,7 @@ def _byte_level_json(
 def _sentencepiece_json(
     pieces: Pieces,
     *,
-    prefix: bool,
+    prefix: Prefix,
     squeeze: bool,
     unigram: bool,
     charsmap: bytes | None = None,
@@ -227,22 +231,26 @@ def _sentencepiece_json(
     if squeeze:
         steps.append({"type": "Strip", "strip_left": True, "strip_right": True})
         steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
-    if prefix:
+    spaces: dict[str, Any] | None = None
+    if prefix == "first":
+        spaces = {"type": "Metaspace", "replacement": _SPACE, "prepend_scheme": "first", "split": False}
+    elif prefix == "always":  # after each control token too, as in llama.cpp
         steps.append({"type": "Prepend", "prepend": _SPACE})
-    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})
+    if prefix != "first":
+        steps.append({"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})
     undone: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
-    if prefix:
+    if prefix != "never":
         undone.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return _write(
         model,
         pieces,
         bos,
-        normalizer={"type": "Sequence", "normalizers": steps},
-        pre_tokenizer=None,
+        normalizer={"type": "Sequence", "normalizers": steps} if steps else None,
+        pre_tokenizer=spaces,
         decoder={"type": "Sequence", "decoders": undone},
     )
 
@@ -350,10 +358,6 @@ def _join(ranks: dict[bytes, int], token: bytes, below: int) -> list[bytes]:
             break
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return parts
-
-
-def _written(ranks: dict[bytes, int]) -> frozenset[str]:
-    return frozenset(map(_as_byte_level, ranks))
 
 
 def _byte_letters() -> list[str]:
