@@ -134,6 +134,7 @@ def render_line(line: tuple[int, Any] | BadLine, bundle: Bundle, max_length: int
         return line
     number, value = line
     try:
-        return render_example(bundle, parse_example(value), max_length)
+        example = parse_example(value)
+        return render_example(bundle, example.messages, max_length, example.tools or None)
     except (BadExample, RenderError) as error:
         return BadLine(number, str(error))
