@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from gateway.chat.frame import ReplyFrame, read_frame, speech_of
@@ -72,7 +72,7 @@ class Bundle:
             template = template_from_source(written["kind"], written["source"])
             eos_ids = tuple(int(i) for i in written["eos_ids"])
             options = dict(written.get("options") or {})
-            tokenizer = Tokenizer(files[TOKENIZER_FILE])
+            tokenizer = _tokenizer(files[TOKENIZER_FILE])
         except KeyError as error:
             raise ValueError(f"the template bundle lacks {error}") from error
         kept = {name: files[name] for name in (TEMPLATE_FILE, TOKENIZER_FILE)}
@@ -80,6 +80,10 @@ class Bundle:
         speech = speech_of(template)
         frame = read_frame(template, tokenizer, controls, eos_ids, speech.reasoning, options)
         return cls(template, tokenizer, frame, eos_ids, options, controls, speech, kept)
+
+
+# Adapters of one base come with equal tokenizers: some hundred megabytes each, and a second to read.
+_tokenizer = lru_cache(maxsize=8)(Tokenizer)
 
 
 def make_bundle(

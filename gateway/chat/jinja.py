@@ -103,7 +103,7 @@ class JinjaTemplate:
                 raise RenderError(
                     f"messages[{number}] holds a tool's result, and the template '{self.name}' writes none"
                 )
-        return self._render(_plain_messages(messages, form), generate, tools, options, quick)
+        return self._render(plain_messages(messages, form), generate, tools, options, quick)
 
     def source(self) -> dict[str, Any]:
         return {"name": self.name, "template": self.template, "tokens": self.tokens, "options": self.options}
@@ -112,7 +112,7 @@ class JinjaTemplate:
     def offers_tools(self) -> bool:
         """Whether tools come out in the prompt."""
         try:
-            return _PROBE_NAME in self._render(_plain_messages([Message("user", "?")]), True, [_PROBE_TOOL])
+            return _PROBE_NAME in self._render(plain_messages([Message("user", "?")]), True, [_PROBE_TOOL])
         except RenderError:
             return False
 
@@ -152,7 +152,7 @@ class JinjaTemplate:
     def _offered_names(self) -> int:
         """How often the probe's name comes out when it is only offered."""
         try:
-            return self._render(_plain_messages([Message("user", "?")]), True, [_PROBE_TOOL]).count(_PROBE_NAME)
+            return self._render(plain_messages([Message("user", "?")]), True, [_PROBE_TOOL]).count(_PROBE_NAME)
         except RenderError:
             return 0
 
@@ -160,7 +160,7 @@ class JinjaTemplate:
         messages = [Message("user", "?"), Message("assistant", "", tool_calls=(_PROBE_CALL,))]
         if answered:
             messages.append(Message("tool", _PROBE_ANSWER, tool_call_id=_PROBE_CALL.id, name=_PROBE_NAME))
-        return self._render(_plain_messages(messages, form), answered, [_PROBE_TOOL] if self.offers_tools else None)
+        return self._render(plain_messages(messages, form), answered, [_PROBE_TOOL] if self.offers_tools else None)
 
     def _render(
         self,
@@ -197,7 +197,9 @@ def tokens_of(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-def _plain_messages(messages: Sequence[Message], form: CallForm = CallForm()) -> list[dict[str, Any]]:
+def plain_messages(messages: Sequence[Message], form: CallForm | None = None) -> list[dict[str, Any]]:
+    """Messages as chat templates know them, calls in the form that is wanted."""
+    form = form or CallForm()
     ids: dict[str, str] = {}
     for message in messages:
         for call in message.tool_calls:

@@ -13,7 +13,7 @@ from typing import Literal
 from gateway.chat.bundle import Bundle
 from gateway.chat.conversation import Message, Options, RenderError, ToolCall, Tools
 from gateway.chat.sandbox import TooLong
-from gateway.chat.speech import call_id_for, offered
+from gateway.chat.speech import offered
 
 IGNORED = -100
 QUICK_CHARACTERS = 4000  # what can be rendered and tokenised within about a millisecond
@@ -211,15 +211,12 @@ class _Writer:
     def _marked(self, message: Message) -> Message:
         mark = self._bundle.controls.mark
         message = self._lifted(message)
-        speech, answered = self._bundle.speech, message.tool_call_id
-        calls = tuple(
-            ToolCall(mark(call_id_for(speech, c.id)), mark(c.name), mark(c.arguments)) for c in message.tool_calls
-        )
+        calls = tuple(ToolCall(mark(c.id), mark(c.name), mark(c.arguments)) for c in message.tool_calls)
         return replace(
             message,
             content=mark(message.content),
             tool_calls=calls,
-            tool_call_id=None if answered is None else mark(call_id_for(speech, answered)),
+            tool_call_id=None if message.tool_call_id is None else mark(message.tool_call_id),
             name=None if message.name is None else mark(message.name),
             reasoning=None if message.reasoning is None else mark(message.reasoning),
         )

@@ -5,7 +5,6 @@ Place in the flow: bundle → **speech** → parse (reads replies by it) and inf
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,6 @@ _THINKING = (
     ("<thinking>", "</thinking>"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
 )
-_SHORT_ID = re.compile("[a-zA-Z0-9]{9}")
 _HARMONY_REASONING = ("<|channel|>analysis<|message|>", "<|end|>")
 _LLAMA_3_CALL = re.compile(r'\{"name": (?:function name|"\s*\'?).{0,400}?"parameters": ', re.DOTALL)
 _HERMES_CALL = re.compile(r"""<tool_call>[\s\\n'"{}\-]*\{\\?['"]?\s*\\?["']name""")
@@ -77,13 +75,6 @@ def offered(tool: Mapping[str, Any]) -> dict[str, Any]:
     """A tool as a template shows it to the model: `strict` is a word to the server, and what is null is not there."""
     function = {key: value for key, value in tool["function"].items() if key != "strict" and value is not None}
     return {"type": "function", "function": function}
-
-
-def call_id_for(speech: Speech, call_id: str) -> str:
-    """A call's id as the template takes it: Mistral's refuse all but nine letters and digits, and others get such a name."""
-    if speech.tool_calls not in ("mistral", "mistral_args") or _SHORT_ID.fullmatch(call_id):
-        return call_id
-    return hashlib.sha256(call_id.encode()).hexdigest()[:9]
 
 
 def call_opening(speech: Speech, names: Sequence[str], *, in_reasoning: bool = False, lead: str = "") -> str:

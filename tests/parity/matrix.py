@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,50 +139,49 @@ def _vocabulary_rows(only: str, quick: bool) -> Iterator[Row]:
 
 
 def _fastchat_rows(only: str, quick: bool, spoil: Spoil | None) -> Iterator[Row]:
-    tokenizers = small_tokenizers()
-    if not quick:
-        tokenizers |= {name: vocabulary(name) for name in ("llama-spm", "llama-bpe")}
-    for label, content in tokenizers.items():
-        for template in registered_templates().values():
-            if not isinstance(template, FastChatTemplate) or only not in template.name:
-                continue
-            own = with_tokens(content, template.literal_text)
-            with tempfile.TemporaryDirectory() as folder:
-                bundle = bundle_for(template, own, ("</s>", "<|endoftext|>", "<|eot_id|>"), (2,))
-                oracle = transformers_tokenizer(_written(folder, own), {})
-                found = fastchat_findings(template, bundle, oracle, CASES, template.name)
-                yield Row("FastChat's get_prompt", template.name, label, tuple(found))
-                plain = [case for case in CASES if not case.tools]
-                yield Row("mask", template.name, label, tuple(mask_findings(bundle, plain, template.name, spoil=spoil)))
+    templates = [t for t in registered_templates().values() if isinstance(t, FastChatTemplate) and only in t.name]
+    for label, content in small_tokenizers().items():
+        for template in templates:
+            yield from _fastchat_pair(template, label, with_tokens(content, template.literal_text), spoil)
+    for label in () if quick else ("llama-spm", "llama-bpe"):
+        for template in templates:
+            yield from _fastchat_pair(template, label, vocabulary(label), spoil)
+
+
+def _fastchat_pair(template: FastChatTemplate, label: str, content: bytes, spoil: Spoil | None) -> Iterator[Row]:
+    bundle = bundle_for(template, content, ("</s>", "<|endoftext|>", "<|eot_id|>"), (2,))
+    oracle = transformers_tokenizer(content)
+    found = fastchat_findings(template, bundle, oracle, CASES, template.name)
+    yield Row("FastChat's get_prompt", template.name, label, tuple(found))
+    plain = [case for case in CASES if not case.tools]
+    yield Row("mask", template.name, label, tuple(mask_findings(bundle, plain, template.name, spoil=spoil)))
 
 
 def _jinja_rows(only: str, quick: bool, spoil: Spoil | None) -> Iterator[Row]:
-    for name, template in jinja_templates().items():
-        if only not in name or (quick and name not in _QUICK_JINJA):
-            continue
-        tokenizers = small_tokenizers()
-        real = None if quick else real_vocabulary(name)
-        if real is not None:
-            tokenizers[real] = vocabulary(real)
-        for label, content in tokenizers.items():
-            yield from _jinja_pair(name, template, label, content, spoil)
+    templates = {
+        name: t for name, t in jinja_templates().items() if only in name and (not quick or name in _QUICK_JINJA)
+    }
+    for label, content in small_tokenizers().items():
+        for name, template in templates.items():
+            own = with_tokens(content, template.literal_text, (*ends_of(name), "<s>"))
+            yield from _jinja_pair(name, template, label, own, spoil)
+    real = {name: vocabulary_ for name in templates if (vocabulary_ := real_vocabulary(name))}
+    for label in () if quick else sorted(set(real.values())):
+        held = [name for name, vocabulary_ in real.items() if vocabulary_ == label]
+        # One tokenizer for all of them: reading it takes longer than all that it is asked.
+        text = "\n".join(templates[name].literal_text for name in held)
+        own = with_tokens(vocabulary(label), text, tuple(end for name in held for end in (*ends_of(name), "<s>")))
+        for name in held:
+            yield from _jinja_pair(name, templates[name], label, own, spoil)
 
 
 def _jinja_pair(name: str, template: JinjaTemplate, label: str, content: bytes, spoil: Spoil | None) -> Iterator[Row]:
-    ends = ends_of(name)
-    own = with_tokens(content, template.literal_text, (*ends, "<s>"))
-    with tempfile.TemporaryDirectory() as folder:
-        oracle = transformers_tokenizer(_written(folder, own), template.tokens)
-        try:
-            bundle = bundle_for(template, own, ends)
-        except ValueError as error:
-            yield Row("transformers", name, label, (Finding(name, "bundle", "refused", str(error)),))
-            return
-        yield Row("transformers", name, label, tuple(jinja_findings(template, bundle, oracle, CASES, name)))
-        yield Row("mask", name, label, tuple(mask_findings(bundle, CASES, name, oracle, spoil)))
-
-
-def _written(folder: str, tokenizer_json: bytes) -> str:
-    path = Path(folder) / "tokenizer.json"
-    path.write_bytes(tokenizer_json)
-    return str(path)
+    oracle = transformers_tokenizer(content)
+    oracle.bos_token, oracle.eos_token = template.tokens["bos_token"], template.tokens["eos_token"]
+    try:
+        bundle = bundle_for(template, content, ends_of(name))
+    except ValueError as error:
+        yield Row("transformers", name, label, (Finding(name, "bundle", "refused", str(error)),))
+        return
+    yield Row("transformers", name, label, tuple(jinja_findings(template, bundle, oracle, CASES, name)))
+    yield Row("mask", name, label, tuple(mask_findings(bundle, CASES, name, oracle, spoil)))

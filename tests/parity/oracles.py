@@ -5,10 +5,14 @@ vLLM's `/v1/chat/completions/render` joins here as one more generator of `Findin
 
 from __future__ import annotations
 
+import json
 import random
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from fastchat.conversation import get_conv_template
@@ -36,8 +40,13 @@ class Finding:
     detail: str = ""
 
 
-def transformers_tokenizer(path: str, tokens: dict[str, str]) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_file=path, clean_up_tokenization_spaces=False, **tokens)
+@lru_cache(maxsize=2)
+def transformers_tokenizer(tokenizer_json: bytes) -> PreTrainedTokenizerFast:
+    """Its named tokens are to be set."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.json"
+        path.write_bytes(tokenizer_json)
+        return PreTrainedTokenizerFast(tokenizer_file=str(path), clean_up_tokenization_spaces=False)
 
 
 def typed_text(tokenizer: Tokenizer, bundle: Bundle) -> str:
@@ -166,9 +175,9 @@ def bundle_for(
     template: Any, tokenizer_json: bytes, eos_names: Sequence[str], fallback_eos: Sequence[int] = ()
 ) -> Bundle:
     """`eos_names` are the model's ends of text; those that the tokenizer lacks are left out."""
-    tokenizer = Tokenizer(tokenizer_json)
-    eos = [i for name in eos_names if (i := tokenizer.id_of(name)) is not None] or list(fallback_eos)
-    return bundle_of(template, tokenizer_json, eos)
+    added = {token["content"]: token["id"] for token in json.loads(tokenizer_json)["added_tokens"]}
+    eos = [added[name] for name in eos_names if name in added]
+    return bundle_of(template, tokenizer_json, eos or list(fallback_eos))
 
 
 def _apply(
