@@ -37,6 +37,7 @@ class ReplyFrame:
     extra: str = ""
     rest: str = ""
     other_stop_ids: tuple[int, ...] = ()  # after a tool call; what fastchat stops at
+    writes_reasoning: bool = False  # an assistant's reasoning comes out, or an empty block where it would stand
 
 
 def read_frame(
@@ -64,7 +65,9 @@ def read_frame(
         template, tokenizer, controls, eos_ids, rest, _rest_between(template, said, tools, options)
     )
     others = _other_stops(template, tokenizer, controls, eos_ids, options)
-    return ReplyFrame(lead, tail, stop, stop_id, extra, rest, tuple(i for i in others if i != stop_id))
+    others = [i for i in others if i != stop_id]
+    thinks = reasoning is not None and _writes_reasoning(template, reasoning, f"{extra}{lead}", tools, options)
+    return ReplyFrame(lead, tail, stop, stop_id, extra, rest, tuple(others), thinks)
 
 
 def speech_of(template: Template) -> Speech:
@@ -101,6 +104,19 @@ def may_add(template: Template, extra: str, lead: str, reasoning: tuple[str, str
     if template.kind != "jinja":
         return False
     return not lead or extra.isspace() or (reasoning is not None and extra.startswith(reasoning[0]))
+
+
+def _writes_reasoning(
+    template: Template, reasoning: tuple[str, str], before_reply: str, tools: Tools | None, options: Mapping[str, Any]
+) -> bool:
+    if reasoning[0] in before_reply:
+        return True
+    thought = f"{PROBE}{PROBE}"
+    said = [Message("user", "?"), Message("assistant", PROBE, reasoning=thought)]
+    try:
+        return thought in template.text(said, generate=False, tools=tools, options=options)
+    except RenderError:
+        return False
 
 
 def _rest_between(

@@ -6,12 +6,14 @@ reply through the stop token that the server honours; all else is −100.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from gateway.chat.bundle import Bundle
 from gateway.chat.conversation import Message, Options, RenderError, ToolCall, Tools
+from gateway.chat.frame import shared_beginning
 from gateway.chat.sandbox import TooLong
 from gateway.chat.speech import offered
 
@@ -91,7 +93,7 @@ def _shared_sequences(writer: _Writer, messages: Sequence[Message], learnt: froz
     for number, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        prompt, reply = writer.turn(messages[:number], message)
+        prompt, reply = writer.turn(messages[:number], message, learnt=number in learnt)
         open_ = sequences[-1] if sequences else None
         if open_ is None or prompt[: len(open_.ids)] != open_.ids:
             open_ = TrainingSequence([], [])
@@ -134,16 +136,38 @@ class _Writer:
         opens = self._opened_at(text) is not None
         return Prompt(self._ids(text), self._bundle.stop_ids, self._bundle.stop_strings, opens)
 
-    def turn(self, before: Sequence[Message], reply: Message) -> tuple[list[int], list[int]]:
-        """Ids of the prompt, and those of the reply as it stands after it, through the stop."""
+    def turn(self, before: Sequence[Message], reply: Message, *, learnt: bool = True) -> tuple[list[int], list[int]]:
+        """Ids of the prompt, and those of the reply as it stands after it, through the stop.
+
+        Raises RenderError, too, when the reply is to be `learnt` and the template leaves out part of it.
+        """
         marked, said = [self._marked(message) for message in before], self._marked(reply)
         prompt = self._text(marked, generate=True)
         written = self._reply(prompt, self._text([*marked, said], generate=False), said)
         prompt_ids, whole = self._ids(prompt), self._ids(prompt + written)
         if whole[: len(prompt_ids)] == prompt_ids:
-            return prompt_ids, whole[len(prompt_ids) :]
-        # The tokenizer would merge across the border; serving does not, so neither does training.
-        return prompt_ids, self._tokenizer.encode_continuation(written)
+            reply_ids = whole[len(prompt_ids) :]
+        else:  # The tokenizer would merge across the border; serving does not, so neither does training.
+            reply_ids = self._tokenizer.encode_continuation(written)
+        if learnt:
+            self._check_whole(reply, written, reply_ids)
+        return prompt_ids, reply_ids
+
+    def _check_whole(self, reply: Message, written: str, reply_ids: list[int]) -> None:
+        name = self._template.name
+        inline = self._inline_thoughts(reply)
+        thoughts = self._bundle.controls.mark(reply.reasoning or (inline[0] if inline else "")).strip()
+        if thoughts not in written:
+            raise RenderError(
+                f"the template '{name}' leaves the assistant's reasoning out here, so it cannot be learnt; leave it out of the "
+                "example, or write through a render option that switches it on"
+            )
+        stop = next((i for i in reply_ids[:-1] if i in self._bundle.stop_ids), None)
+        if stop is not None:
+            raise RenderError(
+                f"the template '{name}' writes {self._tokenizer.name_of(stop)!r} within a reply, where serving stops: what "
+                "comes after it cannot be learnt"
+            )
 
     def _text(self, messages: list[Message], *, generate: bool) -> str:
         return self._template.text(
@@ -159,8 +183,12 @@ class _Writer:
     def _reply(self, prompt: str, whole: str, said: Message) -> str:
         """What follows the prompt in the conversation as the template writes it, through the stop and no further."""
         opened = self._opened_at(prompt)
-        base = prompt.removesuffix(self._frame.extra) if opened is None else prompt[:opened]
-        if not whole.startswith(base):
+        base = prompt if opened is None else prompt[:opened]
+        extra = ""
+        if opened is None and not whole.startswith(prompt):
+            base = shared_beginning(prompt, whole)
+            extra = prompt[len(base) :]
+        if not whole.startswith(base) or (extra and extra != self._frame.extra and not self._is_reasoning(extra)):
             if said.tool_calls:
                 raise RenderError(
                     f"the template '{self._template.name}' writes the conversation before a tool call differently once the "
@@ -170,9 +198,9 @@ class _Writer:
         written = self._stopped(whole[len(base) :])
         if opened is not None:
             return self._in_reasoning(prompt[opened:], written, said)
-        if self._frame.extra and written.startswith(self._frame.extra):
-            return written[len(self._frame.extra) :]
-        return written
+        if extra:  # the prompt has the reasoning block, closed: the turn's own is not repeated
+            return self._without_reasoning(written)
+        return self._filled(written, said)
 
     def _stopped(self, written: str) -> str:
         """A turn cut after its stop; the stop is put there where the template has none."""
@@ -201,33 +229,60 @@ class _Writer:
         bare = written.lstrip()
         if bare.startswith(open_):
             inner = bare[len(open_) :]
-            if thoughts.strip() in inner.partition(close)[0]:
+            held, closed, after = inner.partition(close)
+            if closed and thoughts.strip() in held:
                 return inner.removeprefix(opened[len(open_) :])
-            bare = inner.partition(close)[2].lstrip("\n")
+            bare = (after if closed else inner).lstrip("\n")
         elif bare.startswith(close):
             return f"{thoughts}{written}"
         return f"{thoughts}\n{close}\n\n{bare}"
 
+    def _filled(self, written: str, said: Message) -> str:
+        """A turn that begins with an empty reasoning block, with the thoughts in it."""
+        reasoning = self._bundle.speech.reasoning
+        if reasoning is None or not said.reasoning or said.reasoning.strip() in written:
+            return written
+        empty = re.match(rf"(\s*{re.escape(reasoning[0])})(\s*)({re.escape(reasoning[1])})", written)
+        if empty is None:
+            return written
+        space = empty[2][: len(empty[2]) // 2]
+        return f"{empty[1]}{space}{said.reasoning}{space}{written[empty.start(3) :]}"
+
+    def _without_reasoning(self, written: str) -> str:
+        open_, close = self._bundle.speech.reasoning or ("", "")
+        if not open_ or not written.lstrip().startswith((open_, close)):
+            return written
+        return written.partition(close)[2].lstrip("\n")
+
+    def _is_reasoning(self, extra: str) -> bool:
+        reasoning = self._bundle.speech.reasoning
+        return reasoning is not None and extra.strip().startswith(reasoning)
+
     def _marked(self, message: Message) -> Message:
         mark = self._bundle.controls.mark
-        message = self._lifted(message)
-        calls = tuple(ToolCall(mark(c.id), mark(c.name), mark(c.arguments)) for c in message.tool_calls)
+        content, thoughts = mark(message.content), message.reasoning
+        inline = self._inline_thoughts(message)
+        if inline is not None and self._frame.writes_reasoning:  # the template decides where they go
+            thoughts, content = inline[0].strip("\n"), mark(inline[1].lstrip("\n"))
+        elif inline is not None:  # it knows none: their tags are tokens in the content, and no typed text
+            open_, close = self._bundle.speech.reasoning or ("", "")
+            content = f"{open_}{mark(inline[0])}{close}{mark(inline[1])}"
         return replace(
             message,
-            content=mark(message.content),
-            tool_calls=calls,
+            content=content,
+            tool_calls=tuple(ToolCall(mark(c.id), mark(c.name), mark(c.arguments)) for c in message.tool_calls),
             tool_call_id=None if message.tool_call_id is None else mark(message.tool_call_id),
             name=None if message.name is None else mark(message.name),
-            reasoning=None if message.reasoning is None else mark(message.reasoning),
+            reasoning=None if thoughts is None else mark(thoughts),
         )
 
-    def _lifted(self, message: Message) -> Message:
-        """Thoughts that an assistant's content begins with are its reasoning: the template decides where they go."""
+    def _inline_thoughts(self, message: Message) -> tuple[str, str] | None:
+        """The thoughts that an assistant's content begins with, and what comes after them."""
         reasoning = self._bundle.speech.reasoning
         if reasoning is None or message.role != "assistant" or message.reasoning is not None:
-            return message
-        content = message.content.lstrip()
-        if not content.startswith(reasoning[0]) or reasoning[1] not in content:
-            return message
-        thoughts, _, content = content[len(reasoning[0]) :].partition(reasoning[1])
-        return replace(message, content=content.lstrip("\n"), reasoning=thoughts.strip("\n"))
+            return None
+        bare = message.content.lstrip()
+        if not bare.startswith(reasoning[0]) or reasoning[1] not in bare:
+            return None
+        thoughts, _, rest = bare[len(reasoning[0]) :].partition(reasoning[1])
+        return thoughts, rest

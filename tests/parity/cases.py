@@ -49,6 +49,10 @@ class Case:
     learnt: bool = False
     typed: bool = False
 
+    @property
+    def thoughts(self) -> list[str]:
+        return [message.reasoning for message in self.messages if message.reasoning]
+
     def with_typed(self, text: str) -> Case:
         """The same with control tokens in place of TYPED."""
         said = tuple(
@@ -84,6 +88,8 @@ def _calls(*calls: tuple[str, str], text: str = "") -> Message:
 _SYSTEM = Message("system", "Be brief.")
 _RESULT = Message("tool", '{"sky": "grey — ½ rain"}', tool_call_id="call00001", name="get_weather")
 _WEATHER_CALL = _calls(("get_weather", '{"city": "Łódź", "days": 2}'))
+
+_THINKING = {"enable_thinking": True, "thinking": True, "thinking_mode": "thinking"}  # by various names
 
 CASES = (
     Case("one question", (_user("hello there"),)),
@@ -123,6 +129,8 @@ CASES = (
     Case("learn typed control tokens", (_user("a"), _says(f"x {TYPED} y")), learnt=True, typed=True),
     Case("learn thoughts", (_user("2+2?"), _says("4", "two and two is four")), learnt=True),
     Case("learn thoughts in turns", (_user("a"), _says("b", "hm"), _user("c"), _says("d", "oh")), learnt=True),
+    Case("learn thoughts, switched on", (_user("2+2?"), _says("4", "two and two")), options=_THINKING, learnt=True),
+    Case("learn a reply, thinking off", (_user("2+2?"), _says("4")), options={"enable_thinking": False}, learnt=True),
     Case("learn a call", (_user("weather?"), _WEATHER_CALL), (WEATHER,), learnt=True),
     Case("learn after a call", (_user("w?"), _WEATHER_CALL, _RESULT, _says("It is grey.")), (WEATHER,), learnt=True),
 )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+from gateway.chat.conversation import RenderError
 from gateway.chat.fastchat import FastChatTemplate
 from gateway.chat.jinja import JinjaTemplate
 from gateway.chat.registry import registered_templates
@@ -33,6 +35,7 @@ from tests.parity.vocabularies import (
     vocabulary_path,
     with_tokens,
 )
+from trainer.export.gguf_metadata import chat_templates
 from trainer.export.tensors import UnsupportedModel
 
 # What ends a reply in the models that the templates belong to, as their generation_config.json has it.
@@ -71,6 +74,20 @@ _QUICK_JINJA += ("google-gemma-2-2b-it", "microsoft-Phi-3.5-mini-instruct", "ope
 _QUICK_JINJA += ("deepseek-ai-DeepSeek-R1-Distill-Llama-8B", "meetkai-functionary-medium-v3.2")
 
 
+# By name, since no probe tells.
+_SINGLE_REFUSALS = {
+    ("deepseek-llm", "U+3000"),
+    ("Reka-Edge", "typed in a call"),
+    (
+        "CohereForAI-c4ai-command-r-plus-tool_use",
+        "bundle",
+    ),  # a half of a set: for tools alone, and ends with instructions
+    ("fireworks-ai-llama-3-firefunction-v2", "bundle"),  # wants its tools as text in a variable of its own, `functions`
+    ("GigaChat3-10B-A1.8B", "learn a call"),  # its calls come after its own end of turn
+    ("GigaChat3-10B-A1.8B", "learn after a call"),
+}
+
+
 @dataclass(frozen=True)
 class Row:
     """One subject under one tokenizer beside one oracle."""
@@ -88,12 +105,17 @@ def run(only: str = "", *, quick: bool = False, spoil: Spoil | None = None) -> I
     yield from _jinja_rows(only, quick, spoil)
 
 
+@cache
 def jinja_templates() -> dict[str, JinjaTemplate]:
-    """The real templates of the sdist; those made for tools alone together with a plain one, as their models bring them."""
+    """The real templates of the sdist: files, and those inside its GGUFs."""
     found = {}
     for path in sorted((llama_cpp_models() / "templates").glob("*.jinja")):
         name, text = path.stem, path.read_text()
         found[name] = JinjaTemplate(name, text, {"bos_token": "<s>", "eos_token": ends_of(name)[0]})
+    for vocabulary_name in vocabularies():
+        if brought := chat_templates(vocabulary_path(vocabulary_name)):
+            name = f"{vocabulary_name} (in its GGUF)"
+            found[name] = JinjaTemplate(name, brought, {"bos_token": "<s>", "eos_token": ends_of(name)[0]})
     return found
 
 
@@ -106,19 +128,29 @@ def expected_refusals() -> set[tuple[str, str]]:
     templates = {**{t.name: t for t in registered_templates().values() if t.kind == "fastchat"}}
     fastchat = {(name, "assistant first") for name in templates}
     fastchat |= {(name, case.name) for name in templates for case in CASES if case.tools}
+    fastchat |= {(name, case.name) for name in templates for case in CASES if case.learnt and case.thoughts}
     found = set(fastchat)
     for name, template in jinja_templates().items():
         found |= {(name, case.name) for case in CASES if _cannot(template, case)}
-    return found
+    return found | _SINGLE_REFUSALS
 
 
 def _cannot(template: JinjaTemplate, case: Case) -> bool:
     """Whether a case is beyond a template by what a probe of it says."""
     calls = any(message.tool_calls for message in case.messages)
     answers = any(message.role == "tool" for message in case.messages)
-    if case.tools and not template.offers_tools:
+    if (case.tools and not template.offers_tools) or (case.learnt and _drops_thoughts(template, case)):
         return True
     return (calls and template.call_form is None) or (answers and not template.takes_answers)
+
+
+def _drops_thoughts(template: JinjaTemplate, case: Case) -> bool:
+    """Whether the template has no place for the reasoning that is to be learnt, or its prompt switches it off."""
+    try:
+        text = template.text(case.messages, generate=False, options=case.options)
+    except RenderError:
+        return False
+    return any(thought not in text for thought in case.thoughts)
 
 
 def _vocabulary_rows(only: str, quick: bool) -> Iterator[Row]:

@@ -78,3 +78,12 @@ def _string(data: bytes, at: int) -> tuple[str, int]:
     if end > len(data):
         raise ValueError("a text goes on after the end of the file")
     return data[at + 8 : end].decode("utf-8", "replace"), end
+
+
+def chat_templates(path: Path) -> str | dict[str, str] | None:
+    """The chat template that a GGUF brings; several by name where it brings several."""
+    found = read_metadata(path)
+    default = found.get("tokenizer.chat_template")
+    named = {name: found.get(f"tokenizer.chat_template.{name}") for name in found.get("tokenizer.chat_templates", [])}
+    texts = {name: text for name, text in {"default": default, **named}.items() if isinstance(text, str)}
+    return texts if len(texts) > 1 else next(iter(texts.values()), None)
