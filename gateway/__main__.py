@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,8 @@ import uvicorn
 from gateway import __version__
 from gateway.errors import SettingsError
 from gateway.settings import load_settings
+
+SWITCH_INTERVAL_S = 0.0005  # how long a thread that renders a long conversation may keep the event loop waiting
 
 cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -45,6 +48,8 @@ def serve(
         typer.echo(f"tunegate: {error}", err=True)
         raise typer.Exit(2) from error
     typer.echo(f"Tunegate {__version__} on http://{settings.host}:{settings.port}/v1, data in {settings.data_dir}")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time, and children are spawned from here
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     server = uvicorn.Server(
         uvicorn.Config(
             create_app(settings, data_dir),

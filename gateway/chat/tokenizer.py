@@ -11,9 +11,13 @@ from typing import Any
 
 import tokenizers
 
+from gateway.chat.prefixes import Prefixes
+
 # Noncharacters: they stand around control-token names inside a message while a template writes its text around them.
 MARK_START, MARK_END = "\ufdd0", "\ufdd1"
 _utf8_decoder = codecs.getincrementaldecoder("utf-8")
+_LONG = 2000  # characters: below that, looking for a known beginning saves nothing
+_LAST_BORDERS = 16  # how far back a known beginning is looked for: a turn adds a few control tokens
 _HIDDEN = "\ufdd5"  # takes a control token's place in a vocabulary that must not know it
 
 
@@ -48,7 +52,7 @@ class Controls:
 
 
 class Tokenizer:
-    """A `tokenizer.json`. Safe to share between threads: nothing changes after construction but a cache of constants."""
+    """A `tokenizer.json`. Safe to share between threads: nothing changes after construction but caches."""
 
     def __init__(self, content: bytes) -> None:
         """`content` is the file's bytes. Raises ValueError when it is not a tokenizer."""
@@ -65,10 +69,17 @@ class Tokenizer:
         self.control_id_set = frozenset(self.control_ids.values())
         self.controls = Controls(self.control_ids)
         names = "|".join(map(re.escape, sorted(self.added_ids, key=len, reverse=True))) or "(?!)"
+        self._added = re.compile(names)
         self._marked = re.compile(f"{MARK_START}({names}){MARK_END}|[{MARK_START}{MARK_END}]")
         self._is_byte_level = _reads_byte_level(self._json.get("decoder"))
+        self._prefixes = Prefixes()
         self._bytes: dict[int, bytes] = {}  # filled as tokens are met
         self.prefix_ids = self._read_prefix()
+        self._cutting = {t["content"] for t in added if t.get("special") and self._is_cut(t)}
+
+    def forget(self) -> None:
+        """Forgets the beginnings that it has met: the next text is tokenised from its first character."""
+        self._prefixes = Prefixes()
 
     @property
     def vocab_size(self) -> int:
@@ -103,6 +114,27 @@ class Tokenizer:
 
         Equal to transformers' `sanitize_control_tokens=True` where marks are, to its plain encoding where none are.
         """
+        if len(text) < _LONG:
+            return self._encode(text)
+        cuts = {m.end(): m[0] for m in self._added.finditer(text) if self._cuts_text(text, m)}
+        borders = list(cuts)[-_LAST_BORDERS:]
+        if not borders:
+            return self._encode(text)
+        known, ids = self._prefixes.longest(text, borders)
+        last = borders[-1]
+        if known < last:
+            ids = self._encode_after(cuts.get(known), text[known:last], ids)
+            self._prefixes.keep(text[:last], ids)
+        return self._encode_after(cuts[last], text[last:], ids)
+
+    def _cuts_text(self, text: str, added: re.Match[str]) -> bool:
+        return added[0] in self._cutting and text[added.start() - 1 : added.start()] != MARK_START
+
+    def _encode_after(self, control: str | None, text: str, before: list[int]) -> list[int]:
+        """`before` and the ids of a text that comes after them, where they end with a control token (or are none)."""
+        return self._encode(text) if control is None else before + self._encode(f"{control}{text}")[1:]
+
+    def _encode(self, text: str) -> list[int]:
         if MARK_START not in text and MARK_END not in text:
             return self._ids(text)
         pieces = self._marked.split(text)  # text, marked, text, …; None in place of a mark that lost its partner
@@ -149,6 +181,11 @@ class Tokenizer:
         ends = (n for n in range(len(whole) - len(bare) + 1) if whole[n : n + len(bare)] == bare)
         return list(whole[: next(ends, 0)])
 
+    def _is_cut(self, token: dict[str, Any]) -> bool:
+        """Whether text is tokenised the same after this token, whatever came before it."""
+        plain = not (token.get("normalized") or token.get("single_word"))
+        return plain and self._ids(f"{token['content']}x")[:1] == [token["id"]]
+
     def _encode_inside(self, piece: str, *, as_characters: bool) -> list[int]:
         # After a newline, so that SentencePiece puts no dummy space before it; the newline is taken off again.
         encode = self._character_ids if as_characters else self._ids
@@ -156,7 +193,8 @@ class Tokenizer:
         return ids[len(newline) :] if ids[: len(newline)] == newline else encode(piece)
 
     def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        # The batch call lets other threads run meanwhile, which `encode` does not; "fast" is without offsets.
+        return list(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
     def _character_ids(self, text: str) -> list[int]:
         """The tokenizer's own way without its added tokens: every control token's name is characters to it."""
@@ -168,7 +206,7 @@ class Tokenizer:
         ids = [token.id for split in splits for token in whole.model.tokenize(split)]
         if self.control_id_set.isdisjoint(ids):
             return ids
-        return list(self._ignorant.encode(text, add_special_tokens=False).ids)
+        return list(self._ignorant.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
     @cached_property
     def _newline(self) -> list[int]:

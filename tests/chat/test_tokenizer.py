@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -245,3 +246,24 @@ def test_plain_and_sanitized_ids_are_transformers_ids(content: bytes, tmp_path: 
     for text in TEXTS:
         assert tokenizer.encode(text) == oracle(text, add_special_tokens=False)["input_ids"]
         assert tokenizer.prefix_ids + tokenizer.encode(text) == oracle(text)["input_ids"]
+
+
+@pytest.mark.parametrize("content", [byte_level, sentencepiece_like])
+@settings(max_examples=40)
+@given(
+    turns=st.lists(st.text(max_size=40), min_size=6, max_size=14),
+    lengths=st.lists(st.integers(1, 14), min_size=1, max_size=5),
+)
+def test_a_chat_that_goes_on_has_the_ids_of_the_whole(
+    content: Callable[[], bytes], turns: list[str], lengths: list[int]
+) -> None:
+    """Tokenised from where an earlier text ended, in any order of lengths, and by a tokenizer that has seen nothing."""
+    tokenizer, library = Tokenizer(content()), tokenizers.Tokenizer.from_buffer(content())
+    start, end = list(tokenizer.control_ids)[:2]
+    for length in [*lengths, len(turns)]:
+        said = [f"{start}user\n{'many words ' * 20}{tokenizer.mark(text)}{end}\n" for text in turns[:length]]
+        text = "".join(said) + f"{start}assistant\n"
+        ids = tokenizer.encode(text)
+        assert ids == Tokenizer(content()).encode(text)
+        if MARK_START not in text:
+            assert ids == library.encode(text, add_special_tokens=False).ids
