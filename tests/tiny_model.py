@@ -42,7 +42,7 @@ def write_tiny_model(
 ) -> Path:
     """Writes config.json, model.safetensors, tokenizer.model, tokenizer.json; the weights are random and say nothing."""
     folder.mkdir(parents=True)
-    vocabulary_size = _write_tokenizer(folder)
+    vocabulary_size = write_tokenizer(folder)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -98,7 +98,8 @@ def _weights(config: dict[str, Any], rng: np.random.Generator) -> dict[str, np.n
     return tensors
 
 
-def _write_tokenizer(folder: Path) -> int:
+def write_tokenizer(folder: Path) -> int:
+    """A small SentencePiece tokenizer, in both forms; returns how many tokens it has."""
     sentences = folder / "sentences.txt"
     sentences.write_text("\n".join(SENTENCES * 10))
     sentencepiece.SentencePieceTrainer.train(

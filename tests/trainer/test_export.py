@@ -21,9 +21,9 @@ from tests.trainer.llama_scores import llama_model, reply_logprobs
 from trainer.export.base_gguf import write_f16_gguf
 from trainer.export.hf_folder import HfFolder
 from trainer.export.lora_gguf import write_lora_gguf
-from trainer.export.tensors import Llama, UnsupportedModel, to_gguf_name, to_hf_name
+from trainer.export.tensors import Layout, UnsupportedModel
 
-LLAMA = Llama(heads=4, kv_heads=2)
+LLAMA = Layout("llama", layers=2, heads=4, kv_heads=2)
 
 
 @dataclass
@@ -67,7 +67,7 @@ def doubled_alpha(tensors: dict[str, Any], config: dict[str, Any]) -> None:
 def unpermuted(tensors: dict[str, Any], config: dict[str, Any]) -> None:
     for name, tensor in tensors.items():
         if name.endswith("lora_B.weight"):
-            tensors[name] = LLAMA.from_gguf_rows(f".{to_gguf_name(_module(name))}", tensor)
+            tensors[name] = LLAMA.from_gguf_rows(f".{LLAMA.to_gguf_name(_module(name))}", tensor)
 
 
 def one_layer_lost(tensors: dict[str, Any], config: dict[str, Any]) -> None:
@@ -105,7 +105,7 @@ def test_rslora_and_alpha_patterns_are_folded_into_what_llama_cpp_reads(finished
     written = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
     for module, factor in (("v_proj", 3), ("o_proj", 1)):
         name = f"base_model.model.model.layers.1.self_attn.{module}.lora_B.weight"
-        assert np.allclose(written[f"{to_gguf_name(_module(name))}.lora_b"], tensors[name] * factor)
+        assert np.allclose(written[f"{LLAMA.to_gguf_name(_module(name))}.lora_b"], tensors[name] * factor)
 
 
 def test_the_witness_has_real_prompts_and_one_value_a_token(finished_job: JobDir) -> None:
@@ -160,13 +160,14 @@ def test_llama_cpp_reads_the_vocabulary_that_was_written(tiny_base: Path, tiny_s
 def test_other_shapes_are_prepared_and_read_back_alike(shape: dict[str, Any], tmp_path: Path) -> None:
     source = write_tiny_model(tmp_path / "source", **shape)
     write_f16_gguf(HfFolder(source), "x", tmp_path / "model.gguf")
-    llama = Llama.from_config(json.loads((source / "config.json").read_text()))
+    layout = Layout.from_config(json.loads((source / "config.json").read_text()))
     original = load_file(source / "model.safetensors")
     read = {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
-    assert {to_hf_name(name) for name in read} == set(original)
-    for name, tensor in read.items():
-        back = llama.from_gguf_rows(name, tensor)
-        assert np.allclose(back, original[to_hf_name(name)], atol=1e-3, rtol=1e-3)
+    assert {layout.to_gguf_name(name) for name in original} == set(read)
+    for name, tensor in original.items():
+        gguf_name = layout.to_gguf_name(name)
+        back = layout.from_gguf_values(gguf_name, read[gguf_name])
+        assert np.allclose(back, tensor, atol=1e-3, rtol=1e-3)
 
 
 def test_bfloat16_and_sharded_weights_are_read(tiny_source: Path, tmp_path: Path) -> None:

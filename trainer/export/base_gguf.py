@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.export.hf_folder import HfFolder
-from trainer.export.tensors import Llama, UnsupportedModel, as_float16, to_gguf_name
+from trainer.export.tensors import Layout, UnsupportedModel, as_float16
 from trainer.export.vocabulary import read_vocabulary
 
 _FTYPE_F16, _FTYPE_Q4_0 = 1, 2
@@ -28,10 +28,10 @@ def write_f16_gguf(folder: HfFolder, name: str, path: Path, progress: Callable[[
     All tensors are in memory at once (as f16): GGUF wants every header before the first tensor.
     """
     config = folder.config
-    llama = Llama.from_config(config)
+    layout = _llama_layout(config)
     writer = gguf.GGUFWriter(str(path), "llama")
     _write_shape(writer, config, name)
-    tensors = dict(_tensors(folder, llama, progress))
+    tensors = dict(_tensors(folder, layout, progress))
     size = tensors["token_embd.weight"].shape[0]
     writer.add_vocab_size(size)
     read_vocabulary(folder, size).write(writer, folder.add_bos)
@@ -64,15 +64,22 @@ def write_q4_0_gguf(source: Path, path: Path, threads: int = 0) -> None:
         raise RuntimeError(f"llama.cpp could not quantise {source}: {''.join(said[-5:]).strip()}")
 
 
-def _tensors(folder: HfFolder, llama: Llama, progress: Callable[[str], None]) -> list[tuple[str, npt.NDArray[Any]]]:
+def _llama_layout(config: dict[str, Any]) -> Layout:
+    layout = Layout.from_config(config)
+    if layout.architecture != "llama":
+        raise UnsupportedModel(f"{config['architectures'][0]} is converted by llama.cpp's own script")
+    return layout
+
+
+def _tensors(folder: HfFolder, layout: Layout, progress: Callable[[str], None]) -> list[tuple[str, npt.NDArray[Any]]]:
     tied = bool(folder.config.get("tie_word_embeddings"))
     found: list[tuple[str, npt.NDArray[Any]]] = []
     for hf_name, tensor in folder.tensors():
         progress(hf_name)
         if hf_name.endswith("rotary_emb.inv_freq") or (tied and hf_name == "lm_head.weight"):
             continue
-        name = to_gguf_name(hf_name)
-        rows = llama.to_gguf_rows(name, tensor)
+        name = layout.to_gguf_name(hf_name)
+        rows = layout.to_gguf_rows(name, tensor)
         # llama.cpp keeps norms and biases, which are vectors, in full precision.
         found.append((name, as_float16(hf_name, rows) if rows.ndim > 1 else rows))
     return found
