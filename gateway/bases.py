@@ -46,6 +46,7 @@ class PreparedBase:
     context_length: int
     template: str
     eos_token_ids: tuple[int, ...]
+    untrainable: str | None = None  # why it cannot be trained on, where it cannot
 
 
 async def prepare(
@@ -81,12 +82,13 @@ def read_base(folder: Path) -> PreparedBase:
         base = PreparedBase(
             name=str(raw["name"]),
             path=folder,
-            gguf=folder / "model.q4_0.gguf",
+            gguf=folder / Path(str(raw.get("gguf", "model.q4_0.gguf"))).name,
             digest=str(raw["digest"]),
             architecture=str(raw["architecture"]),
             context_length=int(raw["context_length"]),
             template=str(raw["template"]),
             eos_token_ids=tuple(int(token) for token in raw["eos_token_ids"]),
+            untrainable=None if raw.get("untrainable") is None else str(raw["untrainable"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingsError(

@@ -39,7 +39,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     "Qwen2ForCausalLM": {"tie_word_embeddings": True},
     "Qwen3ForCausalLM": {"head_dim": 32, "tie_word_embeddings": False},
     "GemmaForCausalLM": {"head_dim": 32},
-    "Gemma2ForCausalLM": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64},
+    "Gemma2ForCausalLM": {
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 64,
+        "final_logit_softcapping": 3.0,
+    },
     "Gemma3ForCausalLM": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64, "num_hidden_layers": 6},
     "Phi3ForCausalLM": {"original_max_position_embeddings": 256, "sliding_window": None},
 }
@@ -65,7 +70,8 @@ def random_model(architecture: str, vocab_size: int, seed: int = 0) -> Any:
 def write_tiny_architecture(folder: Path, architecture: str, seed: int = 0) -> Path:
     """The model's folder: config.json, model.safetensors and a tokenizer in both forms."""
     folder.mkdir(parents=True)
-    model = random_model(architecture, write_tokenizer(folder), seed)
+    added = ["<|endoftext|>"] if architecture == "Phi3ForCausalLM" else []  # llama.cpp insists on it
+    model = random_model(architecture, write_tokenizer(folder, added), seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(folder)

@@ -41,7 +41,8 @@ def load_base(base: BaseRef) -> PreTrainedModel:
         config=config,
         state_dict=_as_state(tensors, kind, config, layout),
         dtype=torch.float32,
-        attn_implementation="sdpa",
+        # Gemma 2 caps the scores inside attention, which torch's fused one cannot.
+        attn_implementation="sdpa" if kind._supports_sdpa else "eager",
     )
     model.name_or_path = base.name  # what adapter_config.json will name; never a path of this machine
     model.config._name_or_path = base.name

@@ -1,12 +1,13 @@
-"""The key-value part of a GGUF file, read in one go.
+"""What stands before the weights in a GGUF file, read in one go: its metadata and what tensors it has.
 
-The gguf package's reader makes a numpy array of every string of a vocabulary, which takes a minute for the largest; this takes
-a second. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+The gguf package's reader makes a numpy array of every string of a vocabulary, which takes a minute for the largest; this
+takes a second. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,30 @@ _NUMBERS = {
     11: "<i8",
     12: "<f8",
 }
+_ALIGNMENT = 32
 _LIMIT_BYTES = 512 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as the header tells of it."""
+
+    shape: tuple[int, ...]  # rows first, as numpy has it
+    kind: int  # ggml's number of its type
+    at: int  # where its data begins in the file, in bytes
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """Every key with its value; arrays are lists. Raises UnsupportedModel when it is no GGUF file."""
+    return read_header(path)[0]
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """The metadata, and the tensors by name. Raises UnsupportedModel when it is no GGUF file."""
     with path.open("rb") as file:
         data = file.read(_LIMIT_BYTES)
     try:
-        magic, version, _, n_keys = struct.unpack_from("<4sIQQ", data)
+        magic, version, n_tensors, n_keys = struct.unpack_from("<4sIQQ", data)
         if magic != _MAGIC or version not in _VERSIONS:
             raise UnsupportedModel(f"{path.name} is no GGUF file of version 2 or 3")
         found: dict[str, Any] = {}
@@ -46,9 +62,24 @@ def read_metadata(path: Path) -> dict[str, Any]:
             key, at = _string(data, at)
             (kind,) = struct.unpack_from("<I", data, at)
             found[key], at = _value(data, at + 4, kind)
-        return found
+        return found, _tensors(data, at, n_tensors, int(found.get("general.alignment", _ALIGNMENT)))
     except (struct.error, ValueError, KeyError, IndexError) as error:
+        if isinstance(error, UnsupportedModel):
+            raise
         raise UnsupportedModel(f"{path.name} is cut off or damaged in its metadata ({error})") from error
+
+
+def _tensors(data: bytes, at: int, count: int, alignment: int) -> dict[str, TensorInfo]:
+    raw: dict[str, tuple[tuple[int, ...], int, int]] = {}
+    for _ in range(count):
+        name, at = _string(data, at)
+        (dimensions,) = struct.unpack_from("<I", data, at)
+        shape = struct.unpack_from(f"<{dimensions}Q", data, at + 4)
+        kind, offset = struct.unpack_from("<IQ", data, at + 4 + 8 * dimensions)
+        raw[name] = (tuple(reversed(shape)), kind, offset)
+        at += 16 + 8 * dimensions
+    start = -(-at // alignment) * alignment
+    return {name: TensorInfo(shape, kind, start + offset) for name, (shape, kind, offset) in raw.items()}
 
 
 def _value(data: bytes, at: int, kind: int) -> tuple[Any, int]:

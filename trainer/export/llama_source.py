@@ -1,7 +1,7 @@
 """llama.cpp's own converter, at the commit of the installed library: from its sdist, or from `LLAMA_CPP_DIR`.
 
-The wheel does not carry the Python scripts, the source distribution does. It is fetched once, through pip as the rest was, into
-the user's cache (some 75 MB, about half a minute); of it, only the converter is unpacked.
+The wheel does not carry the Python scripts, the source distribution does. It is fetched once, through pip as the rest
+was, into the user's cache (some 75 MB, about half a minute); of it, only the converter is unpacked.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A PEFT adapter → adapter.gguf, as llama.cpp loads it, for every architecture of `tensors`.
 
-Place in the flow: after training, beside the safetensors. One rule: lora_B's rows lie as the base's do. llama.cpp scales by
-alpha / rank and knows nothing else, so what else PEFT may do (rsLoRA, alpha_pattern, rank_pattern) is folded in; what cannot be
-is refused.
+Place in the flow: after training, beside the safetensors. One rule: lora_B's rows lie as the base's do. llama.cpp scales
+by alpha / rank and knows nothing else, so what else PEFT may do (rsLoRA, alpha_pattern, rank_pattern) is folded in; what
+cannot be is refused.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Tensor names and row order in GGUF, for each architecture that can be trained: the one place that knows both.
 
-Place in the flow: base_gguf (write) · model (read) · lora_gguf (write). Names are those of gguf's own table. One rule: where
-llama.cpp rotates pairs of neighbouring rows and transformers halves of a head (Llama, Mistral), the rows of q and k are stored
-interleaved; where transformers multiplies by 1 + weight (Gemma), norms are stored with the 1 in them.
+Place in the flow: base_gguf (write) · model (read) · lora_gguf (write). Names are those of gguf's own table. One rule:
+where llama.cpp rotates pairs of neighbouring rows and transformers halves of a head (Llama, Mistral), the rows of q and k
+are stored interleaved; where transformers multiplies by 1 + weight (Gemma), norms are stored with the 1 in them.
 """
 
 from __future__ import annotations
