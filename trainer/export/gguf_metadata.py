@@ -118,3 +118,20 @@ def chat_templates(path: Path) -> str | dict[str, str] | None:
     named = {name: found.get(f"tokenizer.chat_template.{name}") for name in found.get("tokenizer.chat_templates", [])}
     texts = {name: text for name, text in {"default": default, **named}.items() if isinstance(text, str)}
     return texts if len(texts) > 1 else next(iter(texts.values()), None)
+
+
+def kv_bytes_per_token(metadata: dict[str, Any]) -> int | None:
+    """What keys and values of one token take in float16, all layers together; None where the metadata does not tell."""
+    architecture = metadata.get("general.architecture")
+
+    def read(key: str) -> Any:
+        return metadata.get(f"{architecture}.{key}")
+
+    layers, heads = read("block_count"), read("attention.head_count")
+    if not isinstance(layers, int) or not isinstance(heads, int) or not isinstance(read("embedding_length"), int):
+        return None
+    kv_heads = read("attention.head_count_kv") or heads
+    by_layer = kv_heads if isinstance(kv_heads, list) else [kv_heads] * layers
+    head_size = read("embedding_length") // heads
+    sizes = (read("attention.key_length") or head_size) + (read("attention.value_length") or head_size)
+    return int(sum(by_layer) * sizes * 2)

@@ -16,6 +16,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
 
@@ -38,7 +39,6 @@ _ABOUT = (
 _WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 _STATE_FILE, _PART = ".hub.json", ".part"
 _ATTEMPTS, _RETRY_S, _TIMEOUT_S = 5, 2.0, 60.0
-_CHUNK_BYTES = 1 << 20
 _MEGABYTE = 1_000_000
 
 
@@ -56,11 +56,11 @@ class _Gone(Exception):
 def fetch(repo: str, revision: str | None, into: Path, progress: Progress) -> Path:
     """The folder `into` with `repo` at `revision` in it. Raises UnsupportedModel with what the hub says and what to do."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from huggingface_hub import HfApi, hf_hub_url
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
     from huggingface_hub.utils._headers import build_hf_headers
 
-    api = HfApi()
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
     progress.stage(f"asking {api.endpoint}")
     try:
         info = api.model_info(repo, revision=revision, files_metadata=True)
@@ -78,7 +78,7 @@ def fetch(repo: str, revision: str | None, into: Path, progress: Progress) -> Pa
     with httpx.Client(headers=headers, timeout=_TIMEOUT_S, follow_redirects=True) as client:
         meter = _Meter(progress, repo, sum(file.size_bytes for file in files))
         for file in files:
-            url = hf_hub_url(repo, file.name, revision=info.sha, endpoint=api.endpoint)
+            url = f"{api.endpoint}/{repo}/resolve/{info.sha}/{quote(file.name)}"
             _download(client, url, into / file.name, file, meter)
     return into
 
@@ -142,7 +142,7 @@ def _append(client: httpx.Client, url: str, part: Path, meter: _Meter) -> None:
             resumed = response.status_code == 206
             meter.add(have if resumed else 0)
             with part.open("ab" if resumed else "wb") as target:
-                for chunk in response.iter_bytes(_CHUNK_BYTES):
+                for chunk in response.iter_bytes():
                     target.write(chunk)
                     meter.add(len(chunk))
     except httpx.HTTPError as error:

@@ -31,6 +31,7 @@ from gateway.chat.validation import validate
 from trainer.export.convert import convert
 from trainer.export.folder import complete_file, resumable_folder
 from trainer.export.gguf_file import GgufFile
+from trainer.export.gguf_metadata import kv_bytes_per_token, read_metadata
 from trainer.export.hf_folder import HfFolder
 from trainer.export.progress import Progress
 from trainer.export.quantise import DEFAULT_TYPE, PLAIN_TYPE, TYPES, write_quantised
@@ -50,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the folder to make; its name is the base's name")
     parser.add_argument("--name", help="the base's name, where it is not the folder's")
     parser.add_argument("--type", choices=TYPES, default=DEFAULT_TYPE, help="of the weights that are served")
+    parser.add_argument("--added", action="store_true", help="mark the base as one that no settings file needs to name")
     parser.add_argument("--recipe", type=Path, help='what a template that is not built in is made of ("-": stdin)')
     parser.add_argument("--threads", type=int, default=0, help="for quantising; 0 means all")
     options = parser.parse_args(arguments)
@@ -57,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         recipe = _read_recipe(options.recipe) if options.recipe else None
         with Progress(options.name or options.out.name) as progress:
             fetched = options.out.with_name(f".fetching-{options.out.name}")
+            added = {"source": options.source, "revision": options.revision} if options.added else None
             source = _find(options.source, options.revision, fetched, progress)
             prepare(
                 source,
@@ -67,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
                 recipe,
                 kind=options.type,
                 progress=progress,
+                added=added,
             )
             shutil.rmtree(fetched, ignore_errors=True)
     except _REFUSALS as error:
@@ -85,8 +89,12 @@ def prepare(
     *,
     kind: str = DEFAULT_TYPE,
     progress: Progress | None = None,
+    added: dict[str, Any] | None = None,
 ) -> None:
-    """Makes the folder `out`; one that is there already is replaced. Raises UnsupportedModel, KeyError or ValueError."""
+    """Makes the folder `out`; one that is there already is replaced. `added` says what it was made from, for base.json.
+
+    Raises UnsupportedModel, KeyError or ValueError.
+    """
     found = GgufFile(source) if source.is_file() else HfFolder(source)
     name = name or out.name
     progress = progress or Progress(name)
@@ -111,6 +119,8 @@ def prepare(
             "template": template,
             "eos_token_ids": found.eos_token_ids,
             "untrainable": untrainable,
+            "kv_bytes_per_token": kv_bytes_per_token(read_metadata(file)),
+            **({"added": added} if added else {}),
         }
         (beside / "base.json").write_text(json.dumps(base, indent=1) + "\n")
     progress.stage("ready")
