@@ -18,6 +18,7 @@ class AttachedEngine:
             raise SettingsError(f"engine_url must be http://HOST:PORT, not {url!r}")
         self.endpoint = Endpoint(parts.hostname, parts.port, key)
         self.ready = True
+        self.resting = False  # it is never stopped from here
 
     def serves(self, engine_name: str) -> bool:
         """Adapters are not brought to engines that were started elsewhere (yet)."""
