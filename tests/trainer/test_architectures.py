@@ -90,3 +90,21 @@ def test_a_gguf_that_is_not_of_its_config_is_refused(bases: dict[str, Path], tmp
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(UnsupportedModel, match="tensor"):
             load_base(BaseRef("x", str(tmp_path), "model.gguf", "sha256:0"))
+
+
+@pytest.mark.parametrize("architecture", SHAPES)
+def test_a_ready_gguf_tells_transformers_all_that_its_own_folder_did(
+    architecture: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    prepare(bases[architecture] / "model.q4_0.gguf", "vicuna_v1.1", tmp_path / "ready")
+    described = json.loads((tmp_path / "ready" / "base.json").read_text())
+    original = json.loads((bases[architecture] / "base.json").read_text())
+    same = ("digest", "context_length", "untrainable", "kv_bytes_per_token")
+    assert [described[key] for key in same] == [original[key] for key in same]
+    assert described["eos_token_ids"][0] == 2
+    assert described["architecture"] == architecture.replace("Mistral", "Llama")
+    ids = torch.tensor([[1, *range(3, 3 + TOKENS)]])
+    with torch.no_grad():
+        theirs = load_base(BaseRef("x", str(bases[architecture]), "model.q4_0.gguf", "d"))(ids).logits
+        ours = load_base(BaseRef("x", str(tmp_path / "ready"), described["gguf"], "d"))(ids).logits
+    assert torch.allclose(ours, theirs, atol=1e-4, rtol=1e-4)
