@@ -12,9 +12,12 @@ import uvicorn
 
 from gateway import __version__
 from gateway.errors import SettingsError
+from gateway.models_command import cli as models_cli
 from gateway.settings import load_settings
 
 cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+cli.add_typer(models_cli, name="models")
 
 
 @cli.callback()

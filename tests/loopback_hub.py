@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ class Hub:
     commit: str = "c0ffee" * 6 + "c0ff"
     token: str | None = None  # what it asks for, when set
     break_after_bytes: int | None = None  # once: the next large file's connection is closed there
+    stall_after_bytes: int | None = None  # large files stop there, and their connection stays open
     spoil: bool = False  # large files come with a byte changed
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -134,8 +136,14 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**extra, "Content-Length": str(len(content) - first), "Accept-Ranges": "bytes"}.items():
             self.send_header(name, value)
         self.end_headers()
+        stall = self.hub.stall_after_bytes if large else None
         if with_body:
-            self.wfile.write(content[first:] if cut is None else content[first : first + cut])
+            end = cut if stall is None else stall
+            self.wfile.write(content[first:] if end is None else content[first : first + end])
+        while self.hub.stall_after_bytes is not None and stall is not None:
+            time.sleep(0.02)
+        if stall is not None:
+            self.close_connection = True
         if cut is not None:
             self.close_connection = True
 

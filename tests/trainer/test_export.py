@@ -22,6 +22,8 @@ from tests.trainer.llama_scores import llama_model, reply_logprobs
 from trainer.export.base_gguf import write_f16_gguf
 from trainer.export.hf_folder import HfFolder
 from trainer.export.lora_gguf import write_lora_gguf
+from trainer.export.prepare import prepare
+from trainer.export.progress import Progress
 from trainer.export.tensors import Layout, UnsupportedModel
 
 LLAMA = Layout("llama", layers=2, heads=4, kv_heads=2)
@@ -204,6 +206,49 @@ def test_what_cannot_be_prepared_is_said_and_leaves_nothing(
     assert done.returncode == 1
     assert re.search(said, done.stderr) and "Traceback" not in done.stderr
     assert not (tmp_path / "bases").exists() or not list((tmp_path / "bases").iterdir())
+
+
+class BrokenOff(Progress):
+    """Ends the preparation where its second stage begins, as Ctrl-C there would."""
+
+    def stage(self, text: str, total: int | None = None, done: int = 0) -> None:
+        if text != "float16":
+            raise KeyboardInterrupt
+
+
+def test_a_preparation_that_broke_off_goes_on_from_its_last_whole_file(tiny_source: Path, tmp_path: Path) -> None:
+    out, beside = tmp_path / "x", tmp_path / ".writing-x"
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tiny_source, "vicuna_v1.1", out, progress=BrokenOff("x"))
+        assert not out.exists() and (beside / "model.f16.gguf").is_file()
+    made = (beside / "model.f16.gguf").stat()
+    (beside / "model.q4_0.gguf.part").write_bytes(b"half")
+    prepare(tiny_source, "vicuna_v1.1", out, kind="q8_0")  # another type is made of the same file
+    kept = (out / "model.f16.gguf").stat()
+    assert (kept.st_ino, kept.st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
+    assert {path.name for path in out.glob("*.gguf*")} == {"model.f16.gguf", "model.q8_0.gguf"}
+    assert not beside.exists() and not (out / ".key").exists()
+
+
+def test_a_preparation_of_another_source_begins_anew(tiny_source: Path, tmp_path: Path) -> None:
+    out, other = tmp_path / "x", write_tiny_model(tmp_path / "other", seed=3)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tiny_source, "vicuna_v1.1", out, progress=BrokenOff("x"))
+    prepare(other, "vicuna_v1.1", out)
+    prepare(other, "vicuna_v1.1", tmp_path / "fresh", name="x")
+    assert (out / "model.q4_0.gguf").read_bytes() == (tmp_path / "fresh" / "model.q4_0.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "q5_1"])
+def test_other_types_of_weights_are_served_too(kind: str, tiny_source: Path, tmp_path: Path) -> None:
+    prepare(tiny_source, "vicuna_v1.1", tmp_path / "x", kind=kind)
+    described = json.loads((tmp_path / "x" / "base.json").read_text())
+    assert described["gguf"] == f"model.{kind}.gguf"
+    kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "x" / described["gguf"]).tensors}
+    assert kind.upper() in kinds
+    with llama_model(tmp_path / "x" / described["gguf"]):
+        pass
 
 
 def test_an_unknown_template_is_said(tiny_source: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -55,6 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--recipe", type=Path, help='what a template that is not built in is made of ("-": stdin)')
     parser.add_argument("--threads", type=int, default=0, help="for quantising; 0 means all")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # llama.cpp's quantiser would not hear of an exception
     try:
         recipe = _read_recipe(options.recipe) if options.recipe else None
         with Progress(options.name or options.out.name) as progress:
@@ -147,10 +149,11 @@ def _make(folder: HfFolder, name: str, kind: str, beside: Path, threads: int, pr
     if kind == PLAIN_TYPE:
         return f16
     served = beside / f"model.{kind}.gguf"
-    for other in beside.glob("model.*.gguf"):
+    for other in beside.glob("model.*.gguf*"):
         if other not in (f16, served):  # of a start that asked for another type
             other.unlink()
     if not served.is_file():
+        progress.stage(kind)
         with complete_file(served) as part:
             write_quantised(f16, part, kind, threads, lambda done, total: progress.stage(kind, total, done))
     return served
