@@ -125,7 +125,7 @@ def prepare(
             **({"added": added} if added else {}),
         }
         (beside / "base.json").write_text(json.dumps(base, indent=1) + "\n")
-    progress.stage("ready")
+    progress.stage("ready", 1, 1)
 
 
 def _find(source: str, revision: str | None, fetched: Path, progress: Progress) -> Path:
