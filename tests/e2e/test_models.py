@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +15,8 @@ import pytest
 from openai import NotFoundError
 
 from gateway.jobdir import process_start_time
+from gateway.settings import DEMO_MODEL_PATH
+from tests.e2e.training import create, examples, upload, wait_for_end
 from tests.server import ROOT, Server
 from tests.tiny_architectures import write_tiny_architecture
 
@@ -27,6 +30,9 @@ SETTINGS = """
 memory_bytes = 400_000_000
 [bases.first]
 idle_unload_s = 1.5
+[bases.patient]
+path = "demo"
+start = "on_demand"
 [aliases]
 "gpt-4o-mini" = "first"
 """
@@ -39,6 +45,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     config = json.loads((source / "tokenizer_config.json").read_text())
     (source / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": TEMPLATE}))
     server = Server(folder / "server", SETTINGS)
+    (folder / "server" / "demo").symlink_to(DEMO_MODEL_PATH)
     models(server, "add", str(source), "--name", "first")
     try:
         yield server.start()
@@ -79,8 +86,9 @@ def listed(server: Server) -> set[str]:
 
 
 def test_models_come_and_go_on_one_server(running: Server) -> None:
-    assert listed(running) == {"first", "gpt-4o-mini"} and not has_engine(running, "first")
-    assert httpx.get(f"http://127.0.0.1:{running.port}/readyz").json()["engines"] == {"first": True}
+    until(lambda: listed(running) == {"first", "gpt-4o-mini", "patient"})
+    assert httpx.get(f"http://127.0.0.1:{running.port}/readyz").json()["engines"] == {"first": True, "patient": True}
+    assert not has_engine(running, "first") and not has_engine(running, "patient")
     said = ask(running, "first")
     assert has_engine(running, "first") and ask(running, "gpt-4o-mini") == said
 
@@ -100,23 +108,29 @@ def test_models_come_and_go_on_one_server(running: Server) -> None:
     assert os.path.samefile(ready, running.data / "bases/first/model.q4_0.gguf") and ask(running, "first") == said
 
 
+def test_a_tuned_model_is_published_on_an_engine_that_rested_and_comes_back_with_it(running: Server) -> None:
+    client = running.client()
+    job = create(client, "first", upload(client, examples("found", 12)), n_epochs=1)
+    until(lambda: not has_engine(running, "first"))  # nobody asks while it is trained
+    ended = wait_for_end(client, job.id)
+    assert ended.status == "succeeded" and ended.fine_tuned_model, ended.error
+    until(lambda: not has_engine(running, "first"))
+    said = ask(running, ended.fine_tuned_model)
+    assert has_engine(running, "first") and ask(running, ended.fine_tuned_model) == said
+    with pytest.raises(AssertionError, match="tuned models stand on it"):
+        models(running, "remove", "first")
+
+
 def test_a_model_that_cannot_be_tuned_is_refused_when_the_job_is_created(running: Server) -> None:
-    base = running.data / "bases/first/base.json"
-    models(running, "add", str(running.data / "bases/first/model.q4_0.gguf"), "--name", "fixed")
-    described = json.loads((base.parent.parent / "fixed" / "base.json").read_text())
-    models(running, "remove", "fixed")
-    assert described["untrainable"] is None
-    fixed = base.parent.parent / "stays"
-    subprocess.run(["cp", "-r", str(base.parent), str(fixed)], check=True)
-    described |= {"name": "stays", "gguf": "model.q4_0.gguf", "untrainable": "its architecture is 'odd'"}
-    (fixed / "base.json").write_text(json.dumps(described))
+    bases = running.data / "bases"
+    described = json.loads((bases / "first/base.json").read_text())
+    shutil.copytree(bases / "first", bases / ".stays", ignore=shutil.ignore_patterns("base.json"))
+    changed = described | {"name": "stays", "untrainable": "its architecture is 'odd'"}
+    (bases / ".stays/base.json").write_text(json.dumps(changed))
+    (bases / ".stays").rename(bases / "stays")
     until(lambda: "stays" in listed(running))
     client = running.client()
-    lines = "".join(
-        json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}) + "\n"
-        for _ in range(10)
-    )
-    file = client.files.create(file=("a.jsonl", lines.encode()), purpose="fine-tune")
+    file_id = upload(client, examples("no"))
     with pytest.raises(Exception, match="cannot be tuned here: its architecture is 'odd'") as refused:
-        client.fine_tuning.jobs.create(training_file=file.id, model="stays")
+        client.fine_tuning.jobs.create(training_file=file_id, model="stays")
     assert getattr(refused.value, "status_code", None) == 400
