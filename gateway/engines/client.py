@@ -58,25 +58,25 @@ class EngineClient:
         self._deadlines = deadlines
         self._idle: list[_Connection] = []
 
-    async def stream(self, body: dict[str, Any]) -> EngineStream:
-        """Starts `POST /v1/completions` and returns its stream before anything came back.
+    async def stream(self, body: dict[str, Any], path: str = "/v1/completions") -> EngineStream:
+        """Starts a POST and returns its stream before anything came back.
 
         An answer that is no event stream (`stream` false) comes as one frame.
 
         Raises EngineUnavailable when the engine cannot be reached.
         """
         if self._holder is None:
-            return await self._start(body)
+            return await self._start(body, path)
         await self._holder.hold()
         try:
-            return await self._start(body)
+            return await self._start(body, path)
         except BaseException:
             self._holder.release()
             raise
 
-    async def _start(self, body: dict[str, Any]) -> EngineStream:
+    async def _start(self, body: dict[str, Any], path: str) -> EngineStream:
         endpoint = self._endpoint()
-        request = _request(endpoint, orjson.dumps(body))
+        request = _request(endpoint, path, orjson.dumps(body))
         connection, fresh = self._reuse(endpoint), False
         if connection is None:
             connection, fresh = await self._connect(endpoint), True
@@ -374,9 +374,9 @@ class _Connection(asyncio.Protocol):
         stream.on_complete()
 
 
-def _request(endpoint: Endpoint, body: bytes) -> bytes:
+def _request(endpoint: Endpoint, path: str, body: bytes) -> bytes:
     head = (
-        f"POST /v1/completions HTTP/1.1\r\nhost: {endpoint.host}:{endpoint.port}\r\n"
+        f"POST {path} HTTP/1.1\r\nhost: {endpoint.host}:{endpoint.port}\r\n"
         f"authorization: Bearer {endpoint.key}\r\ncontent-type: application/json\r\n"
         f"content-length: {len(body)}\r\n\r\n"
     )
