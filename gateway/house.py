@@ -20,7 +20,8 @@ from gateway.engines.attached import AttachedEngine
 from gateway.engines.catalog import Base, Catalog, TunedModel
 from gateway.engines.client import Deadlines
 from gateway.engines.engine import Engine
-from gateway.engines.residents import Resident, Residents, expected_memory
+from gateway.engines.memory import expected_memory, planned_context
+from gateway.engines.residents import Resident, Residents
 from gateway.errors import EngineUnavailable, SettingsError, TunegateError
 from gateway.inference import Inference
 from gateway.jobs.preview import Previews
@@ -98,15 +99,24 @@ class House:
             prepared = await self._prepared(name, settings)
             bundle = await self._bundle(prepared.path)
             aliases = [alias for alias, target in self.settings.aliases.items() if target == name]
-            context = min(settings.context_length or prepared.context_length, prepared.context_length)
+            whole = prepared.context_length if settings.engine_url else None  # an engine elsewhere has its own means
+            context = planned_context(prepared, settings.context_length or whole, settings.max_seqs)
+            if context < prepared.context_length and settings.context_length is None:
+                logger.info(
+                    "'%s' gets a context of %d of its %d tokens, so that %d replies at once fit; context_length sets another",
+                    name,
+                    context,
+                    prepared.context_length,
+                    settings.max_seqs,
+                )
             created_at = int((prepared.path / "base.json").stat().st_mtime)
-            engine = await self._make_engine(name, settings, prepared)
+            engine = await self._make_engine(name, settings, prepared, context)
             base = Base(name, bundle, engine, name, context, created_at, prepared)
             await self.templates.add_base(base, aliases, settings.options)
             for row in await self.store.read(lambda connection: model_statements.of_base(connection, name)):
                 await self.publish(row)
             if isinstance(engine, Engine):
-                await self.residents.add(_resident(engine, settings, prepared))
+                await self.residents.add(_resident(engine, settings, prepared, context))
                 if engine.started:
                     await engine.wait_ready(600)
             rests = isinstance(engine, Engine) and engine.resting
@@ -131,13 +141,15 @@ class House:
             name, Path(settings.path), settings.template, folder, logger.info, recipe, kind=settings.type
         )
 
-    async def _make_engine(self, name: str, settings: BaseSettings, prepared: PreparedBase) -> Engine | AttachedEngine:
+    async def _make_engine(
+        self, name: str, settings: BaseSettings, prepared: PreparedBase, context: int
+    ) -> Engine | AttachedEngine:
         if settings.engine_url is not None:
             return AttachedEngine(settings.engine_url, settings.engine_key or "")
         engine = Engine(
             prepared,
             self.data_dir.engines / name,
-            context=settings.context_length,
+            context=context if prepared.kv_bytes_per_token or settings.context_length else None,
             max_seqs=settings.max_seqs,
             threads=settings.threads,
         )
@@ -195,10 +207,10 @@ def _added(bases: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _resident(engine: Engine, settings: BaseSettings, prepared: PreparedBase) -> Resident:
+def _resident(engine: Engine, settings: BaseSettings, prepared: PreparedBase, context: int) -> Resident:
     return Resident(
         engine,
-        expected_memory(prepared, settings.context_length, settings.max_seqs),
+        expected_memory(prepared, context, settings.max_seqs),
         on_demand=settings.start == "on_demand" or (settings.start is None and settings.path is None),
         idle_unload_s=settings.idle_unload_s,
     )

@@ -14,7 +14,6 @@ import logging
 import time
 from dataclasses import dataclass
 
-from gateway.bases import PreparedBase
 from gateway.engines.engine import Engine
 from gateway.errors import EngineUnavailable
 
@@ -22,8 +21,6 @@ log = logging.getLogger(__name__)
 
 TICK_S = 1.0
 RETRY_AFTER_S = 5
-OVERHEAD_BYTES = 256 << 20  # of a worker beside weights, keys and values
-KV_LIMIT_BYTES = 2 << 30  # what a worker takes for keys and values at most, where no context length is set
 
 
 @dataclass
@@ -140,14 +137,3 @@ class Residents:
                     if time.monotonic() - engine.used_at >= limit_s:
                         log.info("engine %s: stopped after %g s without a request", engine.base.name, limit_s)
                         await engine.stop()
-
-
-def expected_memory(base: PreparedBase, context: int | None, max_seqs: int) -> int:
-    """What an engine is expected to take, in bytes: weights, keys and values, and the process itself."""
-    per_token = base.kv_bytes_per_token
-    if per_token is None:
-        kv_bytes = KV_LIMIT_BYTES
-    else:
-        kv_bytes = per_token * (context or base.context_length) * max_seqs
-        kv_bytes = kv_bytes if context else min(kv_bytes, KV_LIMIT_BYTES)
-    return base.gguf.stat().st_size + kv_bytes + OVERHEAD_BYTES

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ import pytest
 from gateway.bases import PreparedBase
 from gateway.engines.client import Deadlines, Endpoint, EngineClient
 from gateway.engines.engine import Engine
-from gateway.engines.residents import Resident, Residents, expected_memory
+from gateway.engines.residents import Resident, Residents
 from gateway.errors import EngineUnavailable
 from gateway.jobdir import read_json
 from tests.engines.parts import QUICK, kill_gateway_when, tiny_base, until, witnessed_adapter
@@ -186,15 +184,3 @@ async def test_adapters_are_back_when_an_engine_that_rested_is_brought(tmp_path:
     await engine.hold()
     assert engine.serves(adapter.engine_name)
     await engine.stop()
-
-
-def test_the_memory_that_is_expected_grows_with_weights_and_context(tmp_path: Path) -> None:
-    (tmp_path / "m.gguf").write_bytes(bytes(1000))
-    base = PreparedBase("a", tmp_path, tmp_path / "m.gguf", "d", "LlamaForCausalLM", 4096, "t", (2,))
-    known = replace(base, kv_bytes_per_token=131072)
-    overhead = expected_memory(known, 1, 1) - 131072 - 1000
-    assert expected_memory(known, 4096, 2) == overhead + 1000 + 2 * 4096 * 131072
-    # Without a context length of its own, the worker keeps to 2 GiB.
-    assert expected_memory(known, None, 64) == expected_memory(base, None, 8) == overhead + 1000 + 2 * 2**30
-    os.truncate(tmp_path / "m.gguf", 5000)
-    assert expected_memory(known, 1, 1) == overhead + 131072 + 5000
