@@ -212,5 +212,5 @@ def _resident(engine: Engine, settings: BaseSettings, prepared: PreparedBase, co
         engine,
         expected_memory(prepared, context, settings.max_seqs),
         on_demand=settings.start == "on_demand" or (settings.start is None and settings.path is None),
-        idle_unload_s=settings.idle_unload_s,
+        idle_unload_s=settings.idle_unload_s or None,
     )

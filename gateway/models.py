@@ -74,21 +74,16 @@ def list_models(bases: Path) -> list[AddedModel]:
     for path in sorted(bases.glob("**/base.json")):
         if any(part.startswith(".") for part in path.relative_to(bases).parts):
             continue
-        base = read_base(path.parent)
-        described = read_json(path)
-        added = described.get("added") or {}
         size = sum(file.stat().st_size for file in path.parent.iterdir() if file.is_file())
-        found.append(
-            AddedModel(
-                base.name,
-                path.parent,
-                str(added.get("source", "a settings file")),
-                size,
-                base.architecture,
-                base.untrainable,
-                bool(added),
-            )
-        )
+        name = str(path.parent.relative_to(bases))
+        try:
+            base = read_base(path.parent)
+            added = read_json(path).get("added") or {}
+        except SettingsError as error:
+            found.append(AddedModel(name, path.parent, "?", size, "(broken)", error.message, True))
+            continue
+        source = str(added.get("source", "a settings file"))
+        found.append(AddedModel(name, path.parent, source, size, base.architecture, base.untrainable, bool(added)))
     return found
 
 
@@ -173,7 +168,8 @@ def _prepare(
 ) -> None:
     local = Path(source).expanduser()
     command = [sys.executable, "-m", "trainer.export.prepare", "--added", "--name", name, "--template", template]
-    command += ["--source", str(local.absolute()) if local.exists() else source, "--out", str(out.absolute())]
+    command += ["--source", str(local.absolute())] if local.exists() else ["--source", source, "--hub"]
+    command += ["--out", str(out.absolute())]
     command += ["--type", kind, *(["--revision", revision] if revision else [])]
     command += [] if recipe is None else ["--recipe", "-"]
     root = Path(gateway.__file__).parent.parent
@@ -188,8 +184,7 @@ def _prepare(
 
 
 def _refuse_in_use(data: Path, out: Path, name: str) -> None:
-    described = read_json(out / "base.json") if (out / "base.json").is_file() else {"added": True}
-    if not described.get("added"):
+    if not is_added(out) and not _is_broken(out):
         raise SettingsError(
             f"'{name}' was prepared for an entry of a settings file; remove [bases.{name}] there, then the folder {out}"
         )
@@ -202,6 +197,14 @@ def _refuse_in_use(data: Path, out: Path, name: str) -> None:
         raise SettingsError(
             f"'{name}' is in use: its engine runs (process {pid}). Stop the server, or wait until it is unloaded"
         )
+
+
+def _is_broken(folder: Path) -> bool:
+    try:
+        read_base(folder)
+    except SettingsError:
+        return True
+    return False
 
 
 def _engine_pid(folder: Path) -> int | None:

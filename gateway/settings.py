@@ -35,7 +35,7 @@ class BaseSettings(Section, frozen=True):
     max_seqs: int = 8  # sequences in one batch
     threads: int | None = None  # None: all processors
     start: Literal["always", "on_demand"] | None = None  # None: always, or on demand when it was added
-    idle_unload_s: float | None = 900.0  # of one that is started on demand; None: never
+    idle_unload_s: float = 900.0  # of one that is started on demand; 0: never
     engine_url: str | None = None  # an engine that already runs, http://HOST:PORT, instead of a spawned worker
     engine_key: str | None = None
 

@@ -176,6 +176,16 @@ def test_a_base_of_the_settings_is_not_removed(tmp_path: Path) -> None:
         remove_model(tmp_path, "tiny")
 
 
+def test_one_that_is_broken_is_listed_and_can_be_removed(tmp_path: Path) -> None:
+    for name in ("whole", "broken"):
+        add_model(tmp_path / "bases", str(write_tiny_model(tmp_path / name)), name, "alpaca", "q4_0")
+    (tmp_path / "bases/broken/base.json").write_text("{")
+    found = {model.name: model.architecture for model in list_models(tmp_path / "bases")}
+    assert found == {"broken": "(broken)", "whole": "LlamaForCausalLM"}
+    assert list(added_names(tmp_path / "bases")) == ["whole"]
+    assert remove_model(tmp_path, "broken") > 0
+
+
 def test_a_ready_file_frees_only_what_is_nowhere_else(tmp_path: Path) -> None:
     path = write_tiny_gguf(tmp_path / "tiny.gguf")
     added = add_model(tmp_path / "bases", str(path), "tiny", "alpaca", "q4_0")
@@ -194,6 +204,9 @@ def test_settings_may_name_what_was_added_and_nothing_else(tmp_path: Path) -> No
     for name in ("tiny", "second"):
         add_model(tmp_path / "bases", str(write_tiny_model(tmp_path / name)), name, "alpaca", "q4_0")
     settings = load_settings(config, {}, {})
+    assert settings.engines.memory_bytes is None
+    limited = load_settings(config, {"TUNEGATE_ENGINES_MEMORY_BYTES": "5000000000"}, {})
+    assert limited.engines.memory_bytes == 5_000_000_000
     assert settings.bases["tiny"].path is None and settings.aliases == {"gpt": "tiny", "other": "second"}
 
 

@@ -47,6 +47,7 @@ _REFUSALS = (UnsupportedModel, KeyError, ValueError)
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer.export.prepare", description=__doc__.splitlines()[0])
     parser.add_argument("--source", required=True, help="a Hugging Face model folder, a .gguf file or a hub's ORG/NAME")
+    parser.add_argument("--hub", action="store_true", help="the source is an id on a hub, whatever else has that name")
     parser.add_argument("--revision", help="of a model on a hub: a branch, tag or commit")
     parser.add_argument("--template", required=True, help="the chat template, by name; 'model' for its own")
     parser.add_argument("--out", type=Path, required=True, help="the folder to make; its name is the base's name")
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         with Progress(options.name or options.out.name) as progress:
             fetched = options.out.with_name(f".fetching-{options.out.name}")
             added = {"source": options.source, "revision": options.revision} if options.added else None
-            source = _find(options.source, options.revision, fetched, progress)
+            source = _find(options.source, options.hub, options.revision, fetched, progress)
             prepare(
                 source,
                 options.template,
@@ -128,10 +129,10 @@ def prepare(
     progress.stage("ready", 1, 1)
 
 
-def _find(source: str, revision: str | None, fetched: Path, progress: Progress) -> Path:
+def _find(source: str, hub: bool, revision: str | None, fetched: Path, progress: Progress) -> Path:
     """The local path of what `--source` names: `fetched`, where it is a hub's. Raises UnsupportedModel."""
     path = Path(source).expanduser()
-    if path.exists():
+    if path.exists() and not hub:
         return path
     if not HUB_ID.fullmatch(source):
         raise UnsupportedModel(f"{source} is no folder, no .gguf file and no model id of the form ORG/NAME")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import runpy
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ UNNAMED = "default"
 def main(arguments: list[str]) -> None:
     folder = Path(arguments[0])
     sys.path[:0] = [str(folder), str(folder / "gguf-py")]
-    from conversion.base import TextModel  # type: ignore[import-not-found]
+    model = import_module("conversion.base").TextModel
 
-    named = TextModel.get_vocab_base_pre
+    named = model.get_vocab_base_pre
 
     def name_or_default(self: Any, tokenizer: Any) -> str:
         try:
@@ -31,7 +32,7 @@ def main(arguments: list[str]) -> None:
             logging.getLogger("hf-to-gguf").warning("the tokenizer's way to cut words has no name; it is not needed")
             return UNNAMED
 
-    TextModel.get_vocab_base_pre = name_or_default
+    model.get_vocab_base_pre = name_or_default
     script = folder / "convert_hf_to_gguf.py"
     sys.argv = [str(script), *arguments[1:]]
     runpy.run_path(str(script), run_name="__main__")
