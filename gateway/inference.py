@@ -79,6 +79,7 @@ class Delta:
     logprobs: list[TokenLogprob] | None
     reasoning: str = ""
     calls: Sequence[CallDelta] = ()
+    token_ids: Sequence[int] = ()  # as the engine sent them
 
 
 class Inference:
@@ -178,7 +179,7 @@ class Inference:
         except BaseException:
             self.in_flight -= 1
             raise
-        return Generation(self, served.bundle, events, readers, prompt_tokens=len(ids), logprobs=sampling.logprobs)
+        return Generation(self, served.bundle, events, readers, prompt_ids=ids, logprobs=sampling.logprobs)
 
     def _ended(self) -> None:
         self.in_flight -= 1
@@ -194,7 +195,7 @@ class Generation:
         stream: EngineStream,
         readers: list[ReplyReader],
         *,
-        prompt_tokens: int,
+        prompt_ids: list[int],
         logprobs: int | None,
     ) -> None:
         self._inference, self._bundle, self._stream, self._readers = inference, bundle, stream, readers
@@ -204,7 +205,7 @@ class Generation:
         self._live = True
         self._cut = False  # a stop string ended a choice: the engine does not know and would go on
         self.plain = all(reader.plain for reader in readers)  # text is all that can come
-        self.prompt_tokens = prompt_tokens
+        self.prompt_ids = prompt_ids
         self.completion_tokens = 0
         self.cached_tokens = 0
 
@@ -225,6 +226,11 @@ class Generation:
                     self._read(frame)
         finally:
             self.cancel()
+
+    @property
+    def prompt_tokens(self) -> int:
+        """How many tokens the engine was sent."""
+        return len(self.prompt_ids)
 
     @property
     def reasoning_tokens(self) -> int:
@@ -267,7 +273,7 @@ class Generation:
             self._open.discard(index)
             if reason == "stop" and reader.n_calls:
                 reason = "tool_calls"
-        return Delta(index, part.text, reason, logprobs, part.reasoning, part.calls)
+        return Delta(index, part.text, reason, logprobs, part.reasoning, part.calls, ids)
 
     def _read_logprobs(self, raw: dict[str, Any] | None, ids: list[int], *, ended: bool) -> list[TokenLogprob]:
         """Entries for the tokens that are text: the stop token that ended the reply has none, as at OpenAI."""

@@ -64,6 +64,11 @@ def read_frame(
     tail, stop, stop_id = _stop(
         template, tokenizer, controls, eos_ids, rest, _rest_between(template, said, tools, options)
     )
+    if controls.find(tail) and (words := _without(tail, controls).strip()):
+        raise ValueError(
+            f"the template '{template.name}' writes {words!r} between control tokens after a reply; such a reply cannot be "
+            "told from its frame"
+        )
     others = _other_stops(template, tokenizer, controls, eos_ids, options)
     others = [i for i in others if i != stop_id]
     thinks = reasoning is not None and _writes_reasoning(template, reasoning, f"{extra}{lead}", tools, options)
@@ -168,6 +173,12 @@ def _stop(
     raise ValueError(
         f"the template '{template.name}' puts nothing after a reply that could stop it, and the model names no end of text"
     )
+
+
+def _without(text: str, controls: Controls) -> str:
+    for name, _ in controls.find(text):
+        text = text.replace(name, "")
+    return text
 
 
 def _last_of_turn(found: list[tuple[str, int]], between: str | None) -> int:

@@ -47,9 +47,13 @@ async def _events(request: wire.ChatRequest, generation: Generation) -> AsyncIte
     write = wire.ChunkWriter(new_id("chatcmpl-"), int(time.time()), request.model, include_usage=request.include_usage)
     spoken = None if generation.plain else _Spoken(request, write)
     started: set[int] = set()
+    if request.return_token_ids:
+        yield write.prompt_ids(generation.prompt_ids)
     async for deltas in generation.deltas():
         data = b""
         for delta in deltas:
+            if request.return_token_ids:
+                data += write.ids(delta.index, delta.token_ids)
             if spoken is not None:
                 data += spoken.frames(delta)
                 continue
@@ -107,12 +111,16 @@ async def _whole(request: wire.ChatRequest, generation: Generation) -> bytes:
             reply.logprobs if wanted else None,
             "".join(reply.reasoning),
             reply.calls,
+            reply.token_ids,
         )
         for reply in replies
     ]
     reply_id, created = new_id("chatcmpl-"), int(time.time())
     usage = _usage(generation)
-    return wire.completion(reply_id, created, request.model, choices, usage, older=request.tools.older)
+    prompt_ids = generation.prompt_ids if request.return_token_ids else None
+    return wire.completion(
+        reply_id, created, request.model, choices, usage, older=request.tools.older, prompt_ids=prompt_ids
+    )
 
 
 class _Reply:
@@ -123,6 +131,7 @@ class _Reply:
         self.reasoning: list[str] = []
         self.calls: list[CallDelta] = []
         self.logprobs: list[dict[str, Any]] = []
+        self.token_ids: list[int] = []
         self.finish_reason = "stop"
 
     def add(self, delta: Delta) -> None:
@@ -134,6 +143,7 @@ class _Reply:
             else:
                 self.calls[-1].arguments += call.arguments
         self.logprobs += _logprobs(delta) or []
+        self.token_ids += delta.token_ids
         self.finish_reason = delta.finish_reason or self.finish_reason
 
 

@@ -24,7 +24,7 @@ _IGNORED = frozenset(
 )
 _READ = frozenset(
     "messages max_tokens max_completion_tokens logprobs top_logprobs response_format modalities reasoning_effort "
-    "chat_template_kwargs".split()
+    "chat_template_kwargs return_token_ids".split()
 )
 # What would change the answer and cannot be done yet: refused by name unless empty.
 _REFUSED = {
@@ -49,6 +49,7 @@ class ChatRequest:
     include_usage: bool
     tools: ToolRequest
     options: dict[str, Any]  # for the template, by its own names
+    return_token_ids: bool = False  # vLLM's extension: show what was sent to the engine and what it sent
 
 
 def parse(body: Body) -> ChatRequest:
@@ -61,7 +62,9 @@ def parse(body: Body) -> ChatRequest:
     stream, include_usage = parse_stream(body)
     sampling = parse_sampling(body, max_tokens=most if most is not None else older, logprobs=_logprobs(body))
     tools = parse_tools(body)
-    return ChatRequest(model, parse_messages(body), sampling, stream, include_usage, tools, _options(body))
+    messages, options = parse_messages(body), _options(body)
+    token_ids = bool(fields.boolean(body, "return_token_ids"))
+    return ChatRequest(model, messages, sampling, stream, include_usage, tools, options, token_ids)
 
 
 def _refuse_unsupported(body: Body) -> None:
@@ -145,32 +148,44 @@ class Choice:
     logprobs: list[dict[str, Any]] | None
     reasoning: str = ""
     calls: Sequence[CallDelta] = ()  # each whole
+    token_ids: Sequence[int] = ()  # through the stop
 
 
 def completion(
-    reply_id: str, created: int, model: str, choices: Sequence[Choice], usage: Usage, *, older: bool = False
+    reply_id: str,
+    created: int,
+    model: str,
+    choices: Sequence[Choice],
+    usage: Usage,
+    *,
+    older: bool = False,
+    prompt_ids: Sequence[int] | None = None,
 ) -> bytes:
-    """The `chat.completion` object. `older`: a call is told as `function_call`."""
-    return orjson.dumps(
+    """The `chat.completion` object. `older`: a call is told as `function_call`. With `prompt_ids` all ids are shown."""
+    shown: list[dict[str, Any]] = [
         {
-            "id": reply_id,
-            "object": "chat.completion",
-            "created": created,
-            "model": model,
-            "choices": [
-                {
-                    "index": index,
-                    "message": _reply(choice, older=older),
-                    "logprobs": None if choice.logprobs is None else {"content": choice.logprobs, "refusal": None},
-                    "finish_reason": choice.finish_reason,
-                }
-                for index, choice in enumerate(choices)
-            ],
-            "usage": usage_body(usage),
-            "service_tier": "default",
-            "system_fingerprint": None,
+            "index": index,
+            "message": _reply(choice, older=older),
+            "logprobs": None if choice.logprobs is None else {"content": choice.logprobs, "refusal": None},
+            "finish_reason": choice.finish_reason,
         }
-    )
+        for index, choice in enumerate(choices)
+    ]
+    body: dict[str, Any] = {
+        "id": reply_id,
+        "object": "chat.completion",
+        "created": created,
+        "model": model,
+        "choices": shown,
+        "usage": usage_body(usage),
+        "service_tier": "default",
+        "system_fingerprint": None,
+    }
+    if prompt_ids is not None:
+        body["prompt_token_ids"] = prompt_ids
+        for choice, whole in zip(shown, choices, strict=True):
+            choice["token_ids"] = whole.token_ids
+    return orjson.dumps(body)
 
 
 def _reply(choice: Choice, *, older: bool) -> dict[str, Any]:
@@ -219,6 +234,16 @@ class ChunkWriter:
             + b',"finish_reason":null}'
             + self._tail
         )
+
+    def prompt_ids(self, ids: Sequence[int]) -> bytes:
+        """A frame of its own before all others, for a client that asked for ids."""
+        body = b'{"index":0,"delta":{},"logprobs":null,"finish_reason":null}'
+        return self._head + body + b'],"prompt_token_ids":' + orjson.dumps(ids) + self._tail[1:]
+
+    def ids(self, index: int, ids: Sequence[int]) -> bytes:
+        """A frame with the ids that the frames after it are read from."""
+        body = {"index": index, "delta": {}, "logprobs": None, "finish_reason": None, "token_ids": ids}
+        return self._head + orjson.dumps(body) + self._tail
 
     def reasoning(self, index: int, text: str) -> bytes:
         return self._delta(index, {"reasoning_content": text, "reasoning": text})

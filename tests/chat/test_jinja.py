@@ -199,7 +199,7 @@ ENDLESS = {
     "select over many": "{% for i in range(99999) %}{% set x = range(99999) | reject | list %}{% endfor %}",
     "attributes of many": "{% for i in range(99999) %}{{ range(99999) | map(attribute='x') | list | length }}{% endfor %}",
     "sorting the same long texts": _BIG + "{% for i in range(999) %}{% set x = [b ~ 1, b ~ 2] | sort %}{% endfor %}",
-    "comparing long texts": _BIG + "{% set a = b ~ 1 %}{% set c = b ~ 2 %}" + "{% if a == c %}{% endif %}" * 2000,
+    "comparing long texts": _BIG + "{% set a = b ~ 1 %}{% set c = b ~ 2 %}" + "{% for i in range(99999) %}{% if a == c %}{% endif %}{% endfor %}",
     "slicing long texts": _BIG + "{% set a = b[1:] %}" * 2000,
     "upper of long texts": _BIG + "{% set a = b | upper %}" * 2000,
     "sums of lists": "{% set x = range(9999) | map('string') | map('list') | list %}{{ x | sum(start=[]) }}",

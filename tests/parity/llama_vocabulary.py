@@ -12,11 +12,13 @@ class LlamaVocabulary:
 
     def __init__(self, path: str) -> None:
         llama_cpp.llama_backend_init()
-        self._quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
-        llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p(0))
+        quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
+        llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
         parameters = llama_cpp.llama_model_default_params()
         parameters.vocab_only = True
         self._model = llama_cpp.llama_model_load_from_file(path.encode(), parameters)
+        # Back to its own: llama.cpp keeps the pointer, and the function goes with this object.
+        llama_cpp.llama_log_set(ctypes.cast(0, llama_cpp.llama_log_callback), ctypes.c_void_p(0))
         if not self._model:
             raise OSError(f"llama.cpp cannot load {path}")
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)

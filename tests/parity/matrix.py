@@ -78,10 +78,8 @@ _QUICK_JINJA += ("deepseek-ai-DeepSeek-R1-Distill-Llama-8B", "meetkai-functionar
 _SINGLE_REFUSALS = {
     ("deepseek-llm", "U+3000"),
     ("Reka-Edge", "typed in a call"),
-    (
-        "CohereForAI-c4ai-command-r-plus-tool_use",
-        "bundle",
-    ),  # a half of a set: for tools alone, and ends with instructions
+    ("CohereForAI-c4ai-command-r-plus-tool_use", "bundle"),  # for tools alone, and ends with instructions
+    ("Kimi-K3", "bundle"),  # names its blocks in words between control tokens: <|open|>response<|sep|>
     ("fireworks-ai-llama-3-firefunction-v2", "bundle"),  # wants its tools as text in a variable of its own, `functions`
     ("GigaChat3-10B-A1.8B", "learn a call"),  # its calls come after its own end of turn
     ("GigaChat3-10B-A1.8B", "learn after a call"),
@@ -145,12 +143,16 @@ def _cannot(template: JinjaTemplate, case: Case) -> bool:
 
 
 def _drops_thoughts(template: JinjaTemplate, case: Case) -> bool:
-    """Whether the template has no place for the reasoning that is to be learnt, or its prompt switches it off."""
+    """Whether the template has no place for the reasoning that is to be learnt, or its prompt ends with it over and done."""
     try:
         text = template.text(case.messages, generate=False, options=case.options)
+        prompt = template.text(case.messages[:1], generate=True, options=case.options)
     except RenderError:
         return False
-    return any(thought not in text for thought in case.thoughts)
+    thoughts = case.thoughts
+    return any(thought not in text for thought in thoughts) or (
+        bool(thoughts) and re.search(r"</think[^<>]*>\s*$", prompt) is not None
+    )
 
 
 def _vocabulary_rows(only: str, quick: bool) -> Iterator[Row]:
