@@ -13,11 +13,14 @@ import uvicorn
 
 from gateway import __version__
 from gateway.errors import SettingsError
+from gateway.models_command import cli as models_cli
 from gateway.settings import load_settings
 
 SWITCH_INTERVAL_S = 0.0005  # how long a thread that renders a long conversation may keep the event loop waiting
 
 cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+cli.add_typer(models_cli, name="models")
 
 
 @cli.callback()

@@ -1,6 +1,6 @@
 """Prepared bases: a model's folder made ready to serve and to train on, once.
 
-    DATA/bases/NAME/    config.json tokenizer.json template.json model.f16.gguf model.q4_0.gguf base.json
+    DATA/bases/NAME/    config.json tokenizer.json template.json model.f16.gguf model.q4_0.gguf (or another type) base.json
                         source.json: what it was made from, so that a changed source is prepared again
 
 The work itself needs numpy, gguf and llama.cpp, so it runs in a process of its own (`python -m trainer.export.prepare`); this
@@ -27,6 +27,7 @@ from gateway.errors import SettingsError
 from gateway.jobdir import read_json, write_json
 
 SOURCE_FILE = "source.json"
+DEFAULT_TYPE = "q4_0"
 LOCK_PREFIX = ".lock-"
 LOCK_TIMEOUT_S = 1800.0
 SOURCE_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.tiktoken", "*.gguf", "chat_template.jinja")
@@ -46,6 +47,9 @@ class PreparedBase:
     context_length: int
     template: str
     eos_token_ids: tuple[int, ...]
+    untrainable: str | None = None  # why it cannot be trained on, where it cannot
+    kv_bytes_per_token: int | None = None  # what each token of context takes in memory; None: not known
+    added: bool = False  # with `tunegate models add`, and not for an entry of a settings file
 
 
 async def prepare(
@@ -55,18 +59,21 @@ async def prepare(
     out: Path,
     on_progress: Callable[[str], None] | None = None,
     recipe: dict[str, Any] | None = None,
+    kind: str = DEFAULT_TYPE,
 ) -> PreparedBase:
     """The base `name` prepared in `out`, made from `source` unless it was already, from the same files, by this version.
 
     `template` is a built-in name, "model" for the one that the model brings, or any name with its `recipe`, {"kind",
     "source"}. `on_progress` gets the lines that the preparation writes. SettingsError when the source cannot be prepared.
     """
-    wanted = await asyncio.to_thread(_fingerprint, name, source, template)
+    wanted = await asyncio.to_thread(_fingerprint, name, source, template, kind)
     if not await asyncio.to_thread(_is_current, out, wanted):
-        lock = await asyncio.to_thread(_lock, out)
+        lock = await asyncio.to_thread(lock_base, out)
         try:
             await asyncio.to_thread(_sweep, out)
-            await _run(name, source, template, out, on_progress or (lambda line: None), lock, recipe)
+            await _run(
+                _command(name, source, template, out, kind), source, on_progress or (lambda line: None), lock, recipe
+            )
             await asyncio.to_thread(write_json, out / SOURCE_FILE, wanted)
         finally:
             os.close(lock)
@@ -81,12 +88,15 @@ def read_base(folder: Path) -> PreparedBase:
         base = PreparedBase(
             name=str(raw["name"]),
             path=folder,
-            gguf=folder / "model.q4_0.gguf",
+            gguf=folder / Path(str(raw.get("gguf", "model.q4_0.gguf"))).name,
             digest=str(raw["digest"]),
             architecture=str(raw["architecture"]),
             context_length=int(raw["context_length"]),
             template=str(raw["template"]),
             eos_token_ids=tuple(int(token) for token in raw["eos_token_ids"]),
+            untrainable=None if raw.get("untrainable") is None else str(raw["untrainable"]),
+            kv_bytes_per_token=None if raw.get("kv_bytes_per_token") is None else int(raw["kv_bytes_per_token"]),
+            added=bool(raw.get("added")),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingsError(
@@ -97,14 +107,19 @@ def read_base(folder: Path) -> PreparedBase:
     return base
 
 
-def _fingerprint(name: str, source: Path, template: str) -> dict[str, Any]:
-    if not (source / "config.json").is_file():
-        raise SettingsError(f"{source} is not a model's folder: it has no config.json")
+def _fingerprint(name: str, source: Path, template: str, kind: str) -> dict[str, Any]:
     files: dict[str, list[int]] = {}
-    for path in sorted({path for pattern in SOURCE_PATTERNS for path in source.glob(pattern)}):
+    if source.is_file() and source.suffix == ".gguf":
+        paths = {source}
+    elif (source / "config.json").is_file():
+        paths = {path for pattern in SOURCE_PATTERNS for path in source.glob(pattern)}
+    else:
+        raise SettingsError(f"{source} is neither a model's folder (it has no config.json) nor a .gguf file")
+    for path in sorted(paths):
         status = path.stat()
         files[path.name] = [status.st_size, status.st_mtime_ns]
-    return {"name": name, "template": template, "version": gateway.__version__, "files": files}
+    found = {"name": name, "template": template, "version": gateway.__version__, "files": files}
+    return found if kind == DEFAULT_TYPE else found | {"type": kind}
 
 
 def _is_current(out: Path, wanted: dict[str, Any]) -> bool:
@@ -115,16 +130,14 @@ def _is_current(out: Path, wanted: dict[str, Any]) -> bool:
 
 
 async def _run(
-    name: str,
+    command: list[str],
     source: Path,
-    template: str,
-    out: Path,
     on_progress: Callable[[str], None],
     lock: int,
     recipe: dict[str, Any] | None,
 ) -> None:
     process = await asyncio.create_subprocess_exec(
-        *_command(name, source, template, out),
+        *command,
         *([] if recipe is None else ["--recipe", "-"]),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
@@ -152,16 +165,19 @@ async def _run(
         raise SettingsError(f"the model in {source} cannot be prepared (exit code {code}): {' | '.join(lines[-6:])}")
 
 
-def _command(name: str, source: Path, template: str, out: Path) -> list[str]:
+def _command(name: str, source: Path, template: str, out: Path, kind: str) -> list[str]:
     command = [sys.executable, "-m", "trainer.export.prepare", "--name", name, "--template", template]
-    return [*command, "--source", str(source.absolute()), "--out", str(out.absolute())]
+    return [*command, "--source", str(source.absolute()), "--out", str(out.absolute()), "--type", kind]
 
 
-def _lock(out: Path) -> int:
-    """A descriptor that keeps others from preparing `out`. Waits for a preparation that a killed gateway left behind."""
+def lock_base(out: Path, timeout_s: float = LOCK_TIMEOUT_S) -> int:
+    """A descriptor that keeps others from preparing `out`. Waits for a preparation that a killed gateway left behind.
+
+    SettingsError when the time is up.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(out.with_name(f"{LOCK_PREFIX}{out.name}"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    deadline = time.monotonic() + LOCK_TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -169,7 +185,9 @@ def _lock(out: Path) -> int:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 os.close(fd)
-                raise SettingsError(f"{out} has been prepared by another process for {LOCK_TIMEOUT_S:g} s") from None
+                raise SettingsError(
+                    f"{out} is being prepared by another process, and was not free within {timeout_s:g} s"
+                ) from None
             time.sleep(0.1)
 
 

@@ -13,17 +13,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from gateway.bases import PreparedBase, prepare
+from gateway.bases import PreparedBase, prepare, read_base
 from gateway.chat.bundle import Bundle
 from gateway.engines.adapters import Adapter
 from gateway.engines.attached import AttachedEngine
 from gateway.engines.catalog import Base, Catalog, TunedModel
 from gateway.engines.client import Deadlines
 from gateway.engines.engine import Engine
-from gateway.errors import EngineUnavailable, TunegateError
+from gateway.engines.memory import expected_memory, planned_context
+from gateway.engines.residents import Resident, Residents
+from gateway.errors import EngineUnavailable, SettingsError, TunegateError
 from gateway.inference import Inference
 from gateway.jobs.preview import Previews
 from gateway.jobs.supervisor import Supervisor
+from gateway.models import added_names, is_added
 from gateway.settings import BaseSettings, Settings
 from gateway.store import models as model_statements
 from gateway.store.blobs import Blobs
@@ -34,6 +37,8 @@ from gateway.store.sweep import sweep_all
 from gateway.templates import Templates
 
 logger = logging.getLogger("tunegate")
+
+WATCH_S = 2.0
 
 
 class House:
@@ -48,77 +53,132 @@ class House:
         self.blobs = Blobs(data_dir.blobs)
         self.templates = Templates(settings.templates, self.catalog)
         self.previews = Previews()
-        self._engines: dict[str, Engine] = {}
+        self.residents = Residents(settings.engines.memory_bytes, settings.engines.start_wait_s)
         self._bundles: dict[str, Bundle] = {}
-        self._starting: list[asyncio.Task[None]] = []
+        self._starting: dict[str, asyncio.Task[None]] = {}
 
     async def __aenter__(self) -> Self:
         self.store = await asyncio.to_thread(Store.open, self.data_dir.database)
         await sweep_all(self.store, self.blobs)
         await self.templates.open(self.store)
         self.supervisor = Supervisor(self.store, self.blobs, self.data_dir, self.settings, self.catalog, self.engine)
+        self.residents.start()
         for name, base in self.settings.bases.items():
-            self._starting.append(asyncio.create_task(self._start_base(name, base), name=f"start {name}"))
+            if base.path is not None:
+                self._begin(name, base)
+        self._watching = asyncio.create_task(self._watch_added(), name="added models")
         await self.supervisor.start()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for task in self._starting:
+        starting = [self._watching, *self._starting.values()]
+        for task in starting:
             task.cancel()
-        await asyncio.gather(*self._starting, return_exceptions=True)
+        await asyncio.gather(*starting, return_exceptions=True)
         await self.supervisor.stop()
         self.templates.close()
         self.catalog.close()
-        await asyncio.gather(*(engine.stop() for engine in self._engines.values()))
+        await self.residents.stop()
         await asyncio.to_thread(self.store.close)
 
     def engine(self, base: str) -> Engine:
         """The engine of a base that is spawned here. Raises EngineUnavailable while the base is being prepared."""
-        engine = self._engines.get(base)
+        engine = self.residents.engine(base)
         if engine is None:
             raise EngineUnavailable(f"the base '{base}' is not started (yet)", retry_after_s=2)
         return engine
 
+    def _begin(self, name: str, settings: BaseSettings) -> None:
+        self._starting[name] = asyncio.create_task(self._start_base(name, settings), name=f"start {name}")
+
     async def _start_base(self, name: str, settings: BaseSettings) -> None:
         try:
             began = time.monotonic()
-            folder = self.data_dir.bases / name
-            template = self.templates.recipe(settings.template)
-            prepared = await prepare(name, Path(settings.path), settings.template, folder, logger.info, template)
+            prepared = await self._prepared(name, settings)
             bundle = await self._bundle(prepared.path)
             aliases = [alias for alias, target in self.settings.aliases.items() if target == name]
-            context = min(settings.context_length or prepared.context_length, prepared.context_length)
+            whole = prepared.context_length if settings.engine_url else None  # an engine elsewhere has its own means
+            context = planned_context(prepared, settings.context_length or whole, settings.max_seqs)
+            if context < prepared.context_length and settings.context_length is None:
+                logger.info(
+                    "'%s' gets a context of %d of its %d tokens, so that %d replies at once fit; context_length sets another",
+                    name,
+                    context,
+                    prepared.context_length,
+                    settings.max_seqs,
+                )
             created_at = int((prepared.path / "base.json").stat().st_mtime)
-            engine = await self._make_engine(name, settings, prepared)
+            engine = await self._make_engine(name, settings, prepared, context)
             base = Base(name, bundle, engine, name, context, created_at, prepared)
             await self.templates.add_base(base, aliases, settings.options)
             for row in await self.store.read(lambda connection: model_statements.of_base(connection, name)):
                 await self.publish(row)
             if isinstance(engine, Engine):
-                await engine.start()
-                await engine.wait_ready(600)
-            logger.info("'%s' is ready after %.1f s", name, time.monotonic() - began)
+                await self.residents.add(_resident(engine, settings, prepared, context))
+                if engine.started:
+                    await engine.wait_ready(600)
+            rests = isinstance(engine, Engine) and engine.resting
+            what = "starts when it is asked for" if rests else f"is ready after {time.monotonic() - began:.1f} s"
+            logger.info("'%s' %s", name, what)
         except TunegateError as error:
             logger.error("the base '%s' cannot be served: %s", name, error.message)
         except Exception:
             logger.exception("the base '%s' cannot be served", name)
 
-    async def _make_engine(self, name: str, settings: BaseSettings, prepared: PreparedBase) -> Engine | AttachedEngine:
+    async def _prepared(self, name: str, settings: BaseSettings) -> PreparedBase:
+        folder = self.data_dir.bases / name
+        if settings.path is None:
+            return await asyncio.to_thread(read_base, folder)
+        if await asyncio.to_thread(is_added, folder):
+            raise SettingsError(
+                f"[bases.{name}] has a `path`, and a model of that name was added with `tunegate models add`: drop the path, "
+                f"or `tunegate models remove {name}`"
+            )
+        recipe = self.templates.recipe(settings.template)
+        return await prepare(
+            name, Path(settings.path), settings.template, folder, logger.info, recipe, kind=settings.type
+        )
+
+    async def _make_engine(
+        self, name: str, settings: BaseSettings, prepared: PreparedBase, context: int
+    ) -> Engine | AttachedEngine:
         if settings.engine_url is not None:
             return AttachedEngine(settings.engine_url, settings.engine_key or "")
         engine = Engine(
             prepared,
             self.data_dir.engines / name,
-            context=settings.context_length,
+            context=context if prepared.kv_bytes_per_token or settings.context_length else None,
             max_seqs=settings.max_seqs,
             threads=settings.threads,
         )
         rows = await self.store.read(lambda connection: model_statements.of_base(connection, name))
         engine.set_desired(Adapter(row.engine_name, Path(row.adapter_path), name, row.adapter_digest) for row in rows)
-        self._engines[name] = engine
         return engine
+
+    async def _watch_added(self) -> None:
+        """Serves what `tunegate models add` has put into the data folder, and lets go of what `models remove` took away."""
+        served: dict[str, tuple[int, int]] = {}
+        while True:
+            found = await asyncio.to_thread(_added, self.data_dir.bases)
+            for name in [name for name, mark in served.items() if found.get(name) != mark]:
+                logger.info("'%s' was removed", name)
+                del served[name]
+                await self._forget(name)
+            for name, mark in found.items():
+                settings = self.settings.bases.get(name) or BaseSettings()
+                if name not in served and settings.path is None:
+                    served[name] = mark
+                    self._begin(name, settings)
+            await asyncio.sleep(WATCH_S)
+
+    async def _forget(self, name: str) -> None:
+        if (starting := self._starting.pop(name, None)) is not None:
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+        self.templates.remove_base(name)
+        await self.residents.remove(name)
 
     async def publish(self, row: ModelRow) -> None:
         """Serves a tuned model that the database has; its engine has it, or will when it is ready."""
@@ -133,3 +193,24 @@ class House:
 
 def _read_bundle(folder: Path) -> Bundle:
     return Bundle.from_files({name: (folder / name).read_bytes() for name in ("template.json", "tokenizer.json")})
+
+
+def _added(bases: Path) -> dict[str, tuple[int, int]]:
+    """The added models by name, each with a mark that changes when it is removed and added again."""
+    found = {}
+    for name, folder in added_names(bases).items():
+        try:
+            status = (folder / "base.json").stat()
+        except OSError:  # removed just now
+            continue
+        found[name] = (status.st_ino, status.st_mtime_ns)
+    return found
+
+
+def _resident(engine: Engine, settings: BaseSettings, prepared: PreparedBase, context: int) -> Resident:
+    return Resident(
+        engine,
+        expected_memory(prepared, context, settings.max_seqs),
+        on_demand=settings.start == "on_demand" or (settings.start is None and settings.path is None),
+        idle_unload_s=settings.idle_unload_s or None,
+    )

@@ -10,7 +10,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -25,14 +25,17 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class BaseSettings(Section, frozen=True):
-    """A base model: a folder with config.json, tokenizer.json and safetensors, and how it is served."""
+    """A base model: a folder with config.json, tokenizer.json and safetensors, or a .gguf file; and how it is served."""
 
-    path: str
+    path: str | None = None  # None: it was added with `tunegate models add`
     template: str = "vicuna_v1.1"
+    type: str = "q4_0"  # of the weights that are served
     options: dict[str, Any] = {}  # render options, over the template's own
     context_length: int | None = None  # None: what the model's config says
     max_seqs: int = 8  # sequences in one batch
     threads: int | None = None  # None: all processors
+    start: Literal["always", "on_demand"] | None = None  # None: always, or on demand when it was added
+    idle_unload_s: float = 900.0  # of one that is started on demand; 0: never
     engine_url: str | None = None  # an engine that already runs, http://HOST:PORT, instead of a spawned worker
     engine_key: str | None = None
 
@@ -75,6 +78,13 @@ class LimitSettings(Section, frozen=True):
     requests_in_flight: int = 1024
 
 
+class EngineSettings(Section, frozen=True):
+    """What holds for all engines that are spawned here."""
+
+    memory_bytes: int | None = None  # for all of them together; None: no limit
+    start_wait_s: float = 120.0  # how long a request waits for its model to start
+
+
 class Settings(Section, frozen=True):
     """All of it. `data` is the one folder that Tunegate writes to."""
 
@@ -86,6 +96,7 @@ class Settings(Section, frozen=True):
     bases: dict[str, BaseSettings] = {}
     aliases: dict[str, str] = {}
     templates: dict[str, TemplateSettings] = {}
+    engines: EngineSettings = EngineSettings()
     jobs: JobSettings = JobSettings()
     limits: LimitSettings = LimitSettings()
 
@@ -119,7 +130,7 @@ def load_settings(config: Path | None, environ: Mapping[str, str], overrides: Ma
 
 def _add_environment(raw: dict[str, Any], environ: Mapping[str, str]) -> None:
     """TUNEGATE_PORT=8001 sets `port`, TUNEGATE_JOBS_PARALLEL=2 sets `parallel` under [jobs]."""
-    tables: dict[str, type[Section]] = {"jobs": JobSettings, "limits": LimitSettings}
+    tables: dict[str, type[Section]] = {"engines": EngineSettings, "jobs": JobSettings, "limits": LimitSettings}
     sections: dict[str, type[Section]] = {"": Settings, **tables}
     for section, struct in sections.items():
         for field in msgspec.structs.fields(struct):
@@ -141,14 +152,24 @@ def _scalar(text: str, kind: str, name: str) -> Any:
 def _complete(settings: Settings, config: Path | None) -> Settings:
     bases = dict(settings.bases) or {DEMO_MODEL: BaseSettings(path=str(DEMO_MODEL_PATH))}
     folder = config.parent if config else Path.cwd()
+    data = settings.data or os.path.join(os.environ.get("XDG_DATA_HOME") or "~/.local/share", "tunegate")
+
+    def added(name: str) -> bool:
+        return (Path(data).expanduser() / "bases" / name / "base.json").is_file()
+
     for name, base in bases.items():
         if not name or len(name) > 200:
             raise SettingsError(f"[bases.{name!r}]: a name has 1 to 200 characters")
-        path = (folder / Path(base.path).expanduser()).resolve()
-        bases[name] = msgspec.structs.replace(base, path=str(path), options=_plain(base.options))
+        path = None if base.path is None else str((folder / Path(base.path).expanduser()).resolve())
+        if path is None and not added(name):
+            raise SettingsError(
+                f"[bases.{name}] has no `path`, and no model of that name was added to {data}; name its folder or .gguf "
+                f"file, or run `tunegate models add … --name {name}`"
+            )
+        bases[name] = msgspec.structs.replace(base, path=path, options=_plain(base.options))
     templates = {name: _complete_template(name, found, folder) for name, found in settings.templates.items()}
     for alias, target in settings.aliases.items():
-        if target not in bases:
+        if target not in bases and not added(target):
             raise SettingsError(
                 f"alias '{alias}' points at '{target}', which is no base; there are: {', '.join(bases)}"
             )
@@ -159,7 +180,6 @@ def _complete(settings: Settings, config: Path | None) -> Settings:
             f"host {settings.host!r} is not a loopback address, and without keys anybody on the network could use it; "
             "keep 127.0.0.1 and reach it through `ssh -L 8000:127.0.0.1:8000 THIS_MACHINE`"
         )
-    data = settings.data or os.path.join(os.environ.get("XDG_DATA_HOME") or "~/.local/share", "tunegate")
     return msgspec.structs.replace(settings, bases=bases, data=data, templates=templates)
 
 

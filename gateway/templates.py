@@ -127,6 +127,11 @@ class Templates:
                     raise SettingsError(error.message) from error
             self._catalog.add_base(base, aliases)
 
+    def remove_base(self, name: str) -> None:
+        """Takes a base out of the catalog."""
+        self._prepared.pop(name, None)
+        self._catalog.remove_base(name)
+
     async def register(self, asked: Registration) -> Entry:
         """Stores the template and renders the bases that name it through it, from now on.
 

@@ -40,6 +40,7 @@ ARROWS: dict[str, set[str]] = {
     | {"gateway.store", "gateway.chat"},
     "gateway.templates": {"gateway.chat", "gateway.engines", "gateway.errors", "gateway.settings", "gateway.store"}
     | {"gateway.wire"},
+    "gateway.models": {"gateway", "gateway.bases", "gateway.errors", "gateway.jobdir", "gateway.store"},
     "gateway.terminal": {"gateway.bases", "gateway.errors"},
     "gateway.routes": {"gateway.errors", "gateway.inference", "gateway.jobs", "gateway.settings", "gateway.store"}
     | {"gateway.templates", "gateway.wire"},
@@ -47,7 +48,7 @@ ARROWS: dict[str, set[str]] = {
     "clients": LEAVES,
 }
 # Where every object is built and handed in: these may import any room of the gateway.
-BUILDERS = {"gateway", "gateway.app", "gateway.house", "gateway.__main__"}
+BUILDERS = {"gateway", "gateway.app", "gateway.house", "gateway.__main__", "gateway.models_command"}
 
 # What no process that serves requests may carry.
 HEAVY = {"torch", "vllm", "llama_cpp", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate"}

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from gateway.settings import BaseSettings, JobSettings, LimitSettings, Settings, TemplateSettings
+from gateway.settings import BaseSettings, EngineSettings, JobSettings, LimitSettings, Settings, TemplateSettings
 from tests.server import Server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +26,7 @@ def code_blocks(language: str) -> list[str]:
 def setting_names() -> set[str]:
     """Every setting as the README's headings name it."""
     tables = {"": Settings, "bases.NAME.": BaseSettings, "templates.NAME.": TemplateSettings}
-    tables |= {"jobs.": JobSettings, "limits.": LimitSettings}
+    tables |= {"engines.": EngineSettings, "jobs.": JobSettings, "limits.": LimitSettings}
     return {prefix + field.name for prefix, table in tables.items() for field in msgspec.structs.fields(table)}
 
 
@@ -71,6 +71,20 @@ def test_the_options_of_serve_are_those_the_readme_lists() -> None:
     ).stdout
     options = set(re.findall(r"--[a-z-]+", help_text)) - {"--help"}
     assert set(re.findall(r"--[a-z-]+", line)) == options
+
+
+def test_the_options_of_models_add_are_those_the_readme_lists() -> None:
+    (line,) = re.findall(r"^tunegate models add .*$", README, re.MULTILINE)
+    help_text = subprocess.run(
+        [sys.executable, "-m", "gateway", "models", "add", "--help"],
+        env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    everywhere = {"--help", "--data", "--config"}
+    assert set(re.findall(r"--[a-z-]+", line)) == set(re.findall(r"--[a-z-]+", help_text)) - everywhere
 
 
 @pytest.mark.parametrize("number", range(len(code_blocks("sh"))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def write_tiny_model(
 ) -> Path:
     """Writes config.json, model.safetensors, tokenizer.model, tokenizer.json; the weights are random and say nothing."""
     folder.mkdir(parents=True)
-    vocabulary_size = _write_tokenizer(folder)
+    vocabulary_size = write_tokenizer(folder)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -98,7 +99,8 @@ def _weights(config: dict[str, Any], rng: np.random.Generator) -> dict[str, np.n
     return tensors
 
 
-def _write_tokenizer(folder: Path) -> int:
+def write_tokenizer(folder: Path, added: Sequence[str] = ()) -> int:
+    """A small SentencePiece tokenizer, in both forms, with `added` control tokens; returns how many tokens it has."""
     sentences = folder / "sentences.txt"
     sentences.write_text("\n".join(SENTENCES * 10))
     sentencepiece.SentencePieceTrainer.train(
@@ -119,9 +121,11 @@ def _write_tokenizer(folder: Path) -> int:
     sentences.unlink()
     (folder / "tokenizer.vocab").unlink()
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    _as_tokenizer_json(model).save(str(folder / "tokenizer.json"))
+    tokenizer = _as_tokenizer_json(model)
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in added])
+    tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
-    return int(model.vocab_size())
+    return int(tokenizer.get_vocab_size())
 
 
 def _as_tokenizer_json(model: Any) -> Tokenizer:
@@ -190,7 +194,7 @@ def write_job(
         job_id="ftjob-test",
         model=described["name"],
         created_at=1_700_000_000,
-        base=BaseRef(described["name"], str(base), "model.q4_0.gguf", described["digest"]),
+        base=BaseRef(described["name"], str(base), described["gguf"], described["digest"]),
         training_file=_pinned(job, training),
         validation_file=_pinned(job, validation) if validation else None,
         seed=seed,

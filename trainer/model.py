@@ -12,45 +12,74 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from gateway.jobdir import BaseRef, Lora
-from trainer.export.tensors import Llama, to_hf_name
+from trainer.export.tensors import Layout, UnsupportedModel, text_config
+
+_DERIVED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # config.json says the same
 
 
 def load_base(base: BaseRef) -> PreTrainedModel:
-    """The base in float32, frozen, in eval mode."""
+    """The base in float32, frozen, in eval mode. Raises UnsupportedModel when file and architecture do not fit."""
     folder = Path(base.path)
-    raw = json.loads((folder / "config.json").read_bytes())
-    llama = Llama.from_config(raw)  # so the class below is one of two that are known, whatever the file says
+    raw = text_config(json.loads((folder / "config.json").read_bytes()))
+    layout = Layout.from_config(raw)  # so the class below is one of those that are known, whatever the file says
     kind: type[PreTrainedModel] = getattr(transformers, raw["architectures"][0])
+    tensors = read_dequantised(folder / base.gguf)
     config = kind.config_class(**{key: value for key, value in raw.items() if not key.endswith("dtype")})
     config.use_cache = False
+    # As llama.cpp takes them: no head of its own means a tied one, and rows that no token has may be cut off.
+    config.tie_word_embeddings = "output.weight" not in tensors
+    config.vocab_size = len(tensors["token_embd.weight"])
     model = kind.from_pretrained(
         None,
         config=config,
-        state_dict=read_dequantised(folder / base.gguf, llama),
+        state_dict=_as_state(tensors, kind, config, layout),
         dtype=torch.float32,
-        attn_implementation="sdpa",
+        # Gemma 2 caps the scores inside attention, which torch's fused one cannot.
+        attn_implementation="sdpa" if kind._supports_sdpa else "eager",
     )
     model.name_or_path = base.name  # what adapter_config.json will name; never a path of this machine
     model.config._name_or_path = base.name
     return model.requires_grad_(False).eval()
 
 
-def read_dequantised(path: Path, llama: Llama) -> dict[str, torch.Tensor]:
-    """A GGUF's tensors by transformers' names, in float32, rows in transformers' order."""
-    tensors: dict[str, torch.Tensor] = {}
-    for tensor in gguf.GGUFReader(path).tensors:
-        if tensor.name == "rope_freqs.weight":  # config.json says the same
-            continue
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        rows = llama.from_gguf_rows(tensor.name, values)
-        tensors[to_hf_name(tensor.name)] = torch.from_numpy(np.ascontiguousarray(rows))
-    return tensors
+def read_dequantised(path: Path) -> dict[str, npt.NDArray[np.float32]]:
+    """A GGUF's tensors by its own names, in float32."""
+    return {
+        tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        for tensor in gguf.GGUFReader(path).tensors
+        if tensor.name not in _DERIVED
+    }
+
+
+def _as_state(
+    tensors: dict[str, npt.NDArray[np.float32]], kind: type[PreTrainedModel], config: PretrainedConfig, layout: Layout
+) -> dict[str, torch.Tensor]:
+    """The tensors by transformers' names, as transformers has them: exactly those that the model asks for."""
+    with torch.device("meta"):
+        wanted = kind(config).state_dict()
+    if config.tie_word_embeddings:
+        wanted.pop("lm_head.weight", None)
+    names = {layout.to_gguf_name(name): name for name in wanted}
+    if odd := sorted(set(names) ^ set(tensors)):
+        raise UnsupportedModel(
+            f"the base's GGUF and transformers' {kind.__name__} differ in tensors: {', '.join(odd[:5])}"
+        )
+    state = {}
+    for gguf_name, name in names.items():
+        values = torch.from_numpy(np.ascontiguousarray(layout.from_gguf_values(gguf_name, tensors.pop(gguf_name))))
+        if values.shape != wanted[name].shape:
+            raise UnsupportedModel(
+                f"the tensor '{gguf_name}' is {list(values.shape)}, and config.json makes it {list(wanted[name].shape)}"
+            )
+        state[name] = values
+    return state
 
 
 def add_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:

@@ -66,4 +66,6 @@ def _trained_logits(
     hidden = base.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state  # (S, L, H)
     targets = labels[:, 1:]
     trained = targets != IGNORED
-    return base.get_output_embeddings()(hidden[:, :-1][trained]).float(), targets[trained]
+    logits = base.get_output_embeddings()(hidden[:, :-1][trained]).float()
+    cap = getattr(base.config, "final_logit_softcapping", None)  # Gemma 2
+    return logits if cap is None else torch.tanh(logits / cap) * cap, targets[trained]

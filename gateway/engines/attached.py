@@ -11,6 +11,8 @@ from gateway.errors import SettingsError
 class AttachedEngine:
     """A URL and a key. It is taken to be ready; a request finds out when it is not."""
 
+    resting = False  # it is never stopped from here
+
     def __init__(self, url: str, key: str) -> None:
         """Raises SettingsError for a URL that is not http://HOST:PORT."""
         parts = urlsplit(url)

@@ -9,12 +9,15 @@ from typing import Protocol
 from gateway.bases import PreparedBase
 from gateway.chat.bundle import Bundle
 from gateway.engines.client import Deadlines, Endpoint, EngineClient
+from gateway.engines.engine import Engine
 from gateway.errors import EngineUnavailable, ModelNotFound, RequestError
 
 
 class ServingEngine(Protocol):
     """What the catalog needs of an engine."""
 
+    @property
+    def resting(self) -> bool: ...
     @property
     def endpoint(self) -> Endpoint: ...
     @property
@@ -76,7 +79,8 @@ class Catalog:
     def add_base(self, base: Base, aliases: Iterable[str] = ()) -> None:
         """Serves a base under its name and its aliases."""
         endpoint: Callable[[], Endpoint] = _endpoint_of(base)
-        client = EngineClient(endpoint, self._deadlines)
+        holder = base.engine if isinstance(base.engine, Engine) else None
+        client = EngineClient(endpoint, self._deadlines, holder)
         self._bases[base.name], self._clients[base.name] = base, client
         for name in (base.name, *aliases):
             self._aliases[name] = base.name
@@ -90,6 +94,15 @@ class Catalog:
                 base.created_at,
                 "tunegate",
             )
+
+    def remove_base(self, name: str) -> None:
+        """No new request finds a base, its aliases or its tuned models any more; those that run are not touched."""
+        if self._bases.pop(name, None) is None:
+            return
+        self._clients.pop(name).close()
+        self._aliases = {alias: base for alias, base in self._aliases.items() if base != name}
+        for gone in [served.name for served in self._served.values() if served.base == name]:
+            self.withdraw(gone)
 
     def rebundle(self, name: str, bundle: Bundle) -> None:
         """Renders a base, under all its names, through another bundle from now on; its tuned models keep theirs."""

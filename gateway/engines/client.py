@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import httptools
 import orjson
@@ -38,24 +38,45 @@ class Deadlines:
     connect_s: float = 5.0
 
 
+class Holder(Protocol):
+    """What must stay while a stream runs: an engine that is started for it, say."""
+
+    async def hold(self) -> None: ...
+    def release(self) -> None: ...
+
+
 class EngineClient:
     """Connections to one engine, kept for the next request."""
 
-    def __init__(self, endpoint: Callable[[], Endpoint], deadlines: Deadlines) -> None:
-        """`endpoint` is asked for each request: a restarted engine has another port and key."""
+    def __init__(self, endpoint: Callable[[], Endpoint], deadlines: Deadlines, holder: Holder | None = None) -> None:
+        """`endpoint` is asked for each request: a restarted engine has another port and key.
+
+        `holder` is held by each stream, from before it begins to its end.
+        """
         self._endpoint = endpoint
+        self._holder = holder
         self._deadlines = deadlines
         self._idle: list[_Connection] = []
 
-    async def stream(self, body: dict[str, Any]) -> EngineStream:
-        """Starts `POST /v1/completions` and returns its stream before anything came back.
+    async def stream(self, body: dict[str, Any], path: str = "/v1/completions") -> EngineStream:
+        """Starts a POST and returns its stream before anything came back.
 
         An answer that is no event stream (`stream` false) comes as one frame.
 
         Raises EngineUnavailable when the engine cannot be reached.
         """
+        if self._holder is None:
+            return await self._start(body, path)
+        await self._holder.hold()
+        try:
+            return await self._start(body, path)
+        except BaseException:
+            self._holder.release()
+            raise
+
+    async def _start(self, body: dict[str, Any], path: str) -> EngineStream:
         endpoint = self._endpoint()
-        request = _request(endpoint, orjson.dumps(body))
+        request = _request(endpoint, path, orjson.dumps(body))
         connection, fresh = self._reuse(endpoint), False
         if connection is None:
             connection, fresh = await self._connect(endpoint), True
@@ -75,6 +96,10 @@ class EngineClient:
                 return connection
             connection.abort()
         return None
+
+    def _ended(self) -> None:
+        if self._holder is not None:
+            self._holder.release()
 
     def _keep(self, connection: _Connection) -> None:
         if len(self._idle) < _IDLE_LIMIT and connection.usable:
@@ -143,9 +168,8 @@ class EngineStream:
     def cancel(self) -> None:
         """Stops the reply now: the engine sees its connection close and frees the sequence."""
         if not self._over:
-            self._over = True
+            self._end()
             self._connection.abort()
-            self._timer.cancel()
             self._wake()
 
     # called by the connection
@@ -178,8 +202,7 @@ class EngineStream:
 
     def on_complete(self) -> None:
         """The response ended as HTTP says it should."""
-        self._over = True
-        self._timer.cancel()
+        self._end()
         if self._error is None and not self._done:
             self._error = EngineError("the engine ended its stream before it was complete")
         if self._error is None:
@@ -201,10 +224,16 @@ class EngineStream:
     def on_error(self, error: Exception) -> None:
         if self._error is None:
             self._error = error
-        self._over = True
-        self._timer.cancel()
+        self._end()
         self._connection.abort()
         self._wake()
+
+    def _end(self) -> None:
+        """Once: nothing more will come."""
+        if not self._over:
+            self._over = True
+            self._timer.cancel()
+            self._client._ended()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -345,9 +374,9 @@ class _Connection(asyncio.Protocol):
         stream.on_complete()
 
 
-def _request(endpoint: Endpoint, body: bytes) -> bytes:
+def _request(endpoint: Endpoint, path: str, body: bytes) -> bytes:
     head = (
-        f"POST /v1/completions HTTP/1.1\r\nhost: {endpoint.host}:{endpoint.port}\r\n"
+        f"POST {path} HTTP/1.1\r\nhost: {endpoint.host}:{endpoint.port}\r\n"
         f"authorization: Bearer {endpoint.key}\r\ncontent-type: application/json\r\n"
         f"content-length: {len(body)}\r\n\r\n"
     )

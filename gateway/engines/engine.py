@@ -11,7 +11,7 @@ import asyncio
 import enum
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,8 +75,12 @@ class Engine:
         self._changed = asyncio.Event()
         self._lock = asyncio.Lock()
         self._listeners: list[Callable[[Engine], None]] = []
-        spec = WorkerSpec(base.name, base.gguf, base.digest, context, max_seqs, threads, command)
-        self._process = WorkerProcess(spec, WorkerFolder(folder), self._on_up, self._on_process_change, timings)
+        self._bring: Callable[[], Awaitable[None]] | None = None
+        self.uses = 0  # requests and loads that are under way
+        self.used_at = time.monotonic()  # when the last of them ended
+        self._spec = WorkerSpec(base.name, base.gguf, base.digest, context, max_seqs, threads, command)
+        self._folder = WorkerFolder(folder)
+        self._process = WorkerProcess(self._spec, self._folder, self._on_up, self._on_process_change, timings)
 
     # what others see
 
@@ -84,6 +88,16 @@ class Engine:
     def ready(self) -> bool:
         """Whether it answers and every desired adapter is verified (or known to be unservable)."""
         return self._ready.is_set()
+
+    @property
+    def started(self) -> bool:
+        """Whether its worker runs or is to run: from `start` until `stop` has ended it."""
+        return self._process.state is not State.STOPPED
+
+    @property
+    def resting(self) -> bool:
+        """Whether it is not there because nobody wants it: the next who does brings it."""
+        return self._bring is not None and not self.started
 
     @property
     def state(self) -> str:
@@ -134,6 +148,34 @@ class Engine:
         except TimeoutError:
             raise self._unavailable() from None
 
+    # of one that is there only while it is wanted
+
+    def on_wanted(self, bring: Callable[[], Awaitable[None]]) -> None:
+        """`bring()` is awaited by whoever wants it while it is not ready; it starts it, or raises EngineUnavailable."""
+        self._bring = bring
+
+    async def hold(self) -> None:
+        """It is ready, or was never to be started by who uses it; it stays until `release`. Raises EngineUnavailable."""
+        self.uses += 1
+        if self._bring is not None and not self.ready:
+            try:
+                await self._bring()
+            except BaseException:
+                self.release()
+                raise
+
+    def release(self) -> None:
+        self.uses -= 1
+        self.used_at = time.monotonic()
+
+    async def has_worker(self) -> bool:
+        """Whether a worker runs that an earlier gateway has left."""
+        adoptable, leftovers = await asyncio.to_thread(self._folder.find_worker, self._spec)
+        found = [*leftovers, *([adoptable] if adoptable else [])]
+        for handle in found:
+            handle.close()
+        return bool(found)
+
     # in the order of its life
 
     def set_desired(self, adapters: Iterable[Adapter]) -> None:
@@ -152,6 +194,13 @@ class Engine:
         AdapterRejected (WitnessMismatch among it) when it must not be served here: then it is desired no more. Outlives
         a restart of the worker; EngineUnavailable when the time is up.
         """
+        await self.hold()
+        try:
+            return await self._ensure(adapter, witness, timeout_s)
+        finally:
+            self.release()
+
+    async def _ensure(self, adapter: Adapter, witness: bool, timeout_s: float) -> WitnessReport | None:
         was_desired = adapter.engine_name in self._status
         status = self._status.setdefault(adapter.engine_name, AdapterStatus(adapter))
         served = False

@@ -145,6 +145,10 @@ def _tunable(base: Base) -> Base:
             "without `engine_url` in the settings.",
             param="model",
         )
+    if base.prepared.untrainable is not None:
+        raise RequestError(
+            f"'{base.name}' is served, but cannot be tuned here: {base.prepared.untrainable}"[:2000], param="model"
+        )
     return base
 
 

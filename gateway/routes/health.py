@@ -1,4 +1,4 @@
-"""`/healthz` says that the process answers; `/readyz` that every base can be asked."""
+"""`/healthz` says that the process answers; `/readyz` that every base can be asked: its engine answers, or starts on demand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ async def healthz(_: Request) -> Response:
 
 
 async def readyz(request: Request) -> Response:
-    bases = {base.name: base.engine.ready for base in request.app.state.catalog.bases}
+    bases = {base.name: base.engine.ready or base.engine.resting for base in request.app.state.catalog.bases}
     ready = bool(bases) and all(bases.values())
     body = {"status": "ready" if ready else "starting", "engines": bases}
     return JSONResponse(body, status_code=200 if ready else 503, headers={} if ready else {"Retry-After": "1"})

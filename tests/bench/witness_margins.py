@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +33,16 @@ from gateway.jobdir import Hyperparameters, Lora, read_json
 from tests.engines.parts import ANYTHING_GOES, as_adapter, control_of
 from tests.tiny_model import write_examples, write_job
 from trainer.export.lora_gguf import write_lora_gguf
-from trainer.export.tensors import Llama
+from trainer.export.tensors import Layout
 
 Tensors = dict[str, npt.NDArray[np.float32]]
 
 
-@dataclass(frozen=True)
-class Unpermuted:
+class Unpermuted(Layout):
     """A Llama whose q and k rows stay as transformers has them: the mistake to be caught."""
 
-    def to_gguf_rows(self, name: str, values: Any) -> Any:
-        return values
+    def to_gguf_rows(self, gguf_name: str, tensor: Any) -> Any:
+        return tensor
 
 
 def scaled(factor: float) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -86,7 +85,8 @@ def train(base: PreparedBase, folder: Path, options: argparse.Namespace) -> Path
 def spoiled(right: Adapter, base: PreparedBase, folder: Path) -> list[tuple[str, Adapter]]:
     tensors: Tensors = load_file(right.path / "adapter_model.safetensors")
     config = read_json(right.path / "adapter_config.json")
-    llama = Llama.from_config(read_json(base.path / "config.json"))
+    base_config = read_json(base.path / "config.json")
+    llama = Layout.from_config(base_config)
     rank = int(config["r"])
     noise = np.random.default_rng(0)
     return [
@@ -97,7 +97,7 @@ def spoiled(right: Adapter, base: PreparedBase, folder: Path) -> list[tuple[str,
             ("alpha / 2", tensors, scaled(0.5), llama),
             ("alpha as if rsLoRA (x sqrt r)", tensors, scaled(math.sqrt(rank)), llama),
             ("alpha not written (scale 1)", tensors, scaled(rank / config["lora_alpha"]), llama),
-            ("q and k not permuted", tensors, scaled(1.0), Unpermuted()),
+            ("q and k not permuted", tensors, scaled(1.0), Unpermuted.from_config(base_config)),
             ("first layer lost", _without(tensors, ".layers.0."), scaled(1.0), llama),
             ("q and k lost", _without(tensors, ".q_proj.", ".k_proj."), scaled(1.0), llama),
             ("B with 2 % of noise", _noisy(tensors, 0.02, noise), scaled(1.0), llama),

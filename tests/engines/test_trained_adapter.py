@@ -20,7 +20,7 @@ from gateway.engines.witness import WitnessMismatch
 from gateway.jobdir import Hyperparameters, Lora, read_json
 from tests.tiny_model import write_examples, write_job, write_tiny_model
 from trainer.export.lora_gguf import write_lora_gguf
-from trainer.export.tensors import Llama
+from trainer.export.tensors import Layout
 
 pytestmark = pytest.mark.anyio
 
@@ -31,11 +31,11 @@ class Trained:
     adapter: Adapter
 
 
-class Unpermuted:
+class Unpermuted(Layout):
     """Writes q and k as transformers has them: the mistake to be caught."""
 
-    def to_gguf_rows(self, name: str, values: Any) -> Any:
-        return values
+    def to_gguf_rows(self, gguf_name: str, tensor: Any) -> Any:
+        return tensor
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +84,12 @@ async def test_a_spoiled_export_is_caught_and_never_served(
     shutil.copytree(trained.adapter.path, path)
     (path / "adapter.gguf").unlink()  # a hard link no more
     config = read_json(path / "adapter_config.json")
-    llama: Any = Llama.from_config(read_json(trained.base.path / "config.json"))
+    layout = Unpermuted if mistake == "permutation" else Layout
     write_lora_gguf(
         path / "adapter.gguf",
         load_file(path / "adapter_model.safetensors"),
         config | {"lora_alpha": config["lora_alpha"] * factor},
-        Unpermuted() if mistake == "permutation" else llama,  # type: ignore[arg-type]
+        layout.from_config(read_json(trained.base.path / "config.json")),
     )
     with pytest.raises(AdapterRejected, match=r"adapter\.gguf"):
         check_adapter(path, trained.base.digest)

@@ -26,10 +26,12 @@ def llama_model(gguf_path: Path) -> Iterator[Any]:
         llama_cpp.llama_model_free(model)
 
 
-def reply_logprobs(model: Any, prompt: list[int], reply: list[int], adapter_path: Path | None = None) -> np.ndarray:
+def reply_logprobs(
+    model: Any, prompt: list[int], reply: list[int], adapter_path: Path | None = None, n_ctx: int = 512
+) -> np.ndarray:
     """The log-probability of each reply id; shape (reply,)."""
     params = llama_cpp.llama_context_default_params()
-    params.n_ctx = params.n_batch = params.n_ubatch = 512
+    params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, 512, 512
     params.n_threads = params.n_threads_batch = 1
     context = llama_cpp.llama_init_from_model(model, params)
     adapter = None

@@ -1,7 +1,7 @@
 """The adapter folder, whole: PEFT's two files, adapter.gguf, the template bundle, the witness, and the manifest of it all.
 
-Place in the flow: sft writes one for each checkpoint and one at the end. One rule: the same training gives the same bytes, so
-nothing in it names a time, a job or a machine.
+Place in the flow: sft writes one for each checkpoint and one at the end. One rule: the same training gives the same
+bytes, so nothing in it names a time, a job or a machine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from gateway.jobdir import ADAPTER_FILES, JobDir, JobSpec, read_json
 from trainer.export.folder import complete_folder
 from trainer.export.lora_gguf import write_lora_gguf
-from trainer.export.tensors import Llama
+from trainer.export.tensors import Layout
 
 FORMAT = 1
 
@@ -28,7 +28,7 @@ def write_adapter(path: Path, model: PeftModel, job: JobDir, spec: JobSpec, witn
         config = write_peft_files(folder, model)
         tensors = {name: tensor.numpy() for name, tensor in _adapter_tensors(model).items()}
         base_config = read_json(Path(spec.base.path) / "config.json")
-        write_lora_gguf(folder / "adapter.gguf", tensors, config, Llama.from_config(base_config))
+        write_lora_gguf(folder / "adapter.gguf", tensors, config, Layout.from_config(base_config))
         _write_json(folder / "witness.json", witness)
         (folder / "template").mkdir()
         for file in job.template.iterdir():

@@ -1,11 +1,10 @@
-"""A Hugging Face Llama folder → GGUF: first f16 as it is, then q4_0 by llama.cpp's own quantiser.
+"""A Hugging Face folder of the Llama architecture → f16 GGUF, with nothing but numpy and gguf.
 
-Place in the flow: `prepare` calls it once a base. One rule: what is trained on and what is served is the q4_0 file. No torch.
+Place in the flow: convert → **base_gguf**, for small models. One rule: what it cannot write exactly it refuses.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.export.hf_folder import HfFolder
-from trainer.export.tensors import Llama, UnsupportedModel, as_float16, to_gguf_name
+from trainer.export.tensors import Layout, UnsupportedModel, as_float16
 from trainer.export.vocabulary import read_vocabulary
 
-_FTYPE_F16, _FTYPE_Q4_0 = 1, 2
+_FTYPE_F16 = 1
 
 
 def write_f16_gguf(folder: HfFolder, name: str, path: Path, progress: Callable[[str], None] = lambda _: None) -> None:
@@ -28,14 +27,14 @@ def write_f16_gguf(folder: HfFolder, name: str, path: Path, progress: Callable[[
     All tensors are in memory at once (as f16): GGUF wants every header before the first tensor.
     """
     config = folder.config
-    llama = Llama.from_config(config)
+    layout = _llama_layout(config)
     writer = gguf.GGUFWriter(str(path), "llama")
     _write_shape(writer, config, name)
-    tensors = dict(_tensors(folder, llama, progress))
+    tensors = dict(_tensors(folder, layout, progress))
     size = tensors["token_embd.weight"].shape[0]
     writer.add_vocab_size(size)
     read_vocabulary(folder, size).write(writer, folder.add_bos)
-    frequencies = _rope_frequencies(config)
+    frequencies = rope_frequencies(config)
     if frequencies is not None:
         writer.add_tensor("rope_freqs.weight", frequencies)
     for gguf_name, tensor in tensors.items():
@@ -46,33 +45,22 @@ def write_f16_gguf(folder: HfFolder, name: str, path: Path, progress: Callable[[
     writer.close()
 
 
-def write_q4_0_gguf(source: Path, path: Path, threads: int = 0) -> None:
-    """Writes `path` as llama.cpp's quantiser makes it of the f16 file. Raises RuntimeError when it fails."""
-    import llama_cpp
-
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.nthread = threads
-    params.ftype = _FTYPE_Q4_0
-    said: list[str] = []
-    silence = llama_cpp.llama_log_callback(lambda level, text, _: said.append(text.decode(errors="replace")))
-    llama_cpp.llama_log_set(silence, ctypes.c_void_p(0))
-    try:
-        failed = llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), ctypes.byref(params))
-    finally:
-        llama_cpp.llama_log_set(ctypes.cast(0, llama_cpp.llama_log_callback), ctypes.c_void_p(0))
-    if failed:
-        raise RuntimeError(f"llama.cpp could not quantise {source}: {''.join(said[-5:]).strip()}")
+def _llama_layout(config: dict[str, Any]) -> Layout:
+    layout = Layout.from_config(config)
+    if layout.architecture != "llama":
+        raise UnsupportedModel(f"{config['architectures'][0]} is converted by llama.cpp's own script")
+    return layout
 
 
-def _tensors(folder: HfFolder, llama: Llama, progress: Callable[[str], None]) -> list[tuple[str, npt.NDArray[Any]]]:
+def _tensors(folder: HfFolder, layout: Layout, progress: Callable[[str], None]) -> list[tuple[str, npt.NDArray[Any]]]:
     tied = bool(folder.config.get("tie_word_embeddings"))
     found: list[tuple[str, npt.NDArray[Any]]] = []
     for hf_name, tensor in folder.tensors():
         progress(hf_name)
         if hf_name.endswith("rotary_emb.inv_freq") or (tied and hf_name == "lm_head.weight"):
             continue
-        name = to_gguf_name(hf_name)
-        rows = llama.to_gguf_rows(name, tensor)
+        name = layout.to_gguf_name(hf_name)
+        rows = layout.to_gguf_rows(name, tensor)
         # llama.cpp keeps norms and biases, which are vectors, in full precision.
         found.append((name, as_float16(hf_name, rows) if rows.ndim > 1 else rows))
     return found
@@ -115,7 +103,7 @@ def _rope_type(config: dict[str, Any]) -> str:
     return str(rope.get("rope_type") or rope.get("type") or "default")
 
 
-def _rope_frequencies(config: dict[str, Any]) -> npt.NDArray[np.float32] | None:
+def rope_frequencies(config: dict[str, Any]) -> npt.NDArray[np.float32] | None:
     """Llama 3's divisor for each rotated pair, None where frequencies are plain. Shape (head_size / 2,)."""
     kind = _rope_type(config)
     if kind in ("default", "linear"):

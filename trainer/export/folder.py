@@ -11,6 +11,7 @@ from pathlib import Path
 from gateway.jobdir import fsync_folder
 
 _BESIDE = ".writing-"
+_KEY_FILE, _PART = ".key", ".part"
 
 
 @contextmanager
@@ -29,6 +30,40 @@ def complete_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
         raise
     fsync_folder(path.parent)
+
+
+@contextmanager
+def resumable_folder(path: Path, key: str, refusals: tuple[type[BaseException], ...]) -> Iterator[Path]:
+    """As `complete_folder`, but what a kill leaves is found again by the next call with the same `key`.
+
+    An error among `refusals` would come again, and leaves nothing.
+    """
+    beside = path.parent / f"{_BESIDE}{path.name}"
+    mark = beside / _KEY_FILE
+    if not (mark.is_file() and mark.read_text() == key):
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        mark.write_text(key)
+    try:
+        yield beside
+    except refusals:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    mark.unlink()
+    _fsync_all(beside)
+    if path.exists():
+        shutil.rmtree(path)
+    os.replace(beside, path)
+    fsync_folder(path.parent)
+
+
+@contextmanager
+def complete_file(path: Path) -> Iterator[Path]:
+    """A path to write to; the file takes the place of `path` when the block ends without an error."""
+    part = path.with_name(f"{path.name}{_PART}")
+    part.unlink(missing_ok=True)
+    yield part
+    os.replace(part, path)
 
 
 def sweep(parent: Path) -> None:

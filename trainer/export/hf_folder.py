@@ -6,7 +6,6 @@ Place in the flow: the source of `prepare`. One rule: safetensors only, nothing 
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trainer.export.tensors import UnsupportedModel
+from trainer.export.tensors import UnsupportedModel, text_config
 from trainer.export.tokenizers import tokenizer_json_of
 
 _HEADER_LIMIT_BYTES = 100_000_000
@@ -33,13 +32,27 @@ class HfFolder:
         self._files = self._tensor_files()
 
     @property
+    def architecture(self) -> str:
+        """transformers' class of the part that reads and writes text."""
+        return str((text_config(self.config).get("architectures") or ["?"])[0])
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the weights."""
+        return sum(file.stat().st_size for file in self._files)
+
+    @cached_property
+    def n_tensors(self) -> int:
+        return sum(len(_read_header(file)[0]) for file in self._files)
+
+    @property
     def context_length(self) -> int:
-        return int(self.config.get("max_position_embeddings", 2048))
+        return usable_context(self.config)
 
     @property
     def eos_token_ids(self) -> list[int]:
         """The tokens that end a text, from generation_config.json or else config.json."""
-        for source in (self._optional_json("generation_config.json"), self.config):
+        for source in (self._optional_json("generation_config.json"), text_config(self.config)):
             eos = source.get("eos_token_id")
             if eos is not None:
                 return [int(i) for i in eos] if isinstance(eos, list) else [int(eos)]
@@ -109,17 +122,29 @@ class HfFolder:
         return json.loads(path.read_bytes()) if path.is_file() else {}
 
 
+def usable_context(config: dict[str, Any]) -> int:
+    """How many tokens a model takes at once: as many as transformers and llama.cpp compute alike.
+
+    llama.cpp has no sliding window for these models, and takes the long factors of a "longrope" for short texts too where
+    there is room for long ones.
+    """
+    config = text_config(config)
+    limits = [int(config.get("max_position_embeddings") or 2048)]
+    window = config.get("sliding_window")
+    slides = config.get("model_type") in ("mistral", "phi3") or config.get("use_sliding_window")
+    if window and slides:
+        limits.append(int(window))
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if (rope.get("rope_type") or rope.get("type")) in ("longrope", "su"):
+        original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+        limits.append(int(original or limits[0]))
+    return min(limits)
+
+
 def _read_safetensors(path: Path) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
     """Read by hand because numpy has no bfloat16 and the library's numpy reader refuses it."""
-    with path.open("rb") as file:
-        (header_bytes,) = struct.unpack("<Q", file.read(8))
-        if header_bytes > _HEADER_LIMIT_BYTES:
-            raise UnsupportedModel(f"{path.name} is not a safetensors file (its header claims {header_bytes} bytes)")
-        header: dict[str, Any] = json.loads(file.read(header_bytes))
-    start = 8 + header_bytes
+    header, start = _read_header(path)
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
         dtype = _DTYPES.get(entry["dtype"])
         if dtype is None:
             raise UnsupportedModel(f"the tensor '{name}' is {entry['dtype']}; readable are {', '.join(_DTYPES)}")
@@ -128,3 +153,15 @@ def _read_safetensors(path: Path) -> Iterator[tuple[str, npt.NDArray[np.float32]
         if entry["dtype"] == "BF16":  # the upper half of a float32
             raw = (raw.astype(np.uint32) << 16).view(np.float32)
         yield name, raw.astype(np.float32)
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The tensors' entries by name, and where their data begins."""
+    with path.open("rb") as file:
+        first = file.read(8)
+        header_bytes = int.from_bytes(first, "little")
+        if len(first) < 8 or header_bytes > _HEADER_LIMIT_BYTES:
+            raise UnsupportedModel(f"{path.name} is not a safetensors file (its header claims {header_bytes} bytes)")
+        header: dict[str, Any] = json.loads(file.read(header_bytes))
+    header.pop("__metadata__", None)
+    return header, 8 + header_bytes

@@ -1,12 +1,14 @@
-"""A PEFT adapter → adapter.gguf, as llama.cpp loads it.
+"""A PEFT adapter → adapter.gguf, as llama.cpp loads it, for every architecture of `tensors`.
 
-Place in the flow: after training, beside the safetensors. One rule: the rows of q's and k's lora_B are interleaved as the
-base's are. llama.cpp scales by alpha / rank and knows nothing else, so what else PEFT may do is folded in.
+Place in the flow: after training, beside the safetensors. One rule: lora_B's rows lie as the base's do. llama.cpp scales
+by alpha / rank and knows nothing else, so what else PEFT may do (rsLoRA, alpha_pattern, rank_pattern) is folded in; what
+cannot be is refused.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +16,77 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from trainer.export.tensors import Llama, to_gguf_name
+from trainer.export.tensors import Layout, UnsupportedModel
 
 _PREFIX = "base_model.model."
+_PAIR = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
+_REFUSED = (
+    "use_dora",
+    "fan_in_fan_out",
+    "lora_bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+)
 
 
 def write_lora_gguf(
     path: Path,
     tensors: dict[str, npt.NDArray[np.float32]],
     config: dict[str, Any],
-    llama: Llama,
+    layout: Layout,
 ) -> None:
-    """Writes `path`; `tensors` are named as in adapter_model.safetensors, `config` is adapter_config.json's content."""
-    alpha = _effective_alpha("", int(config["r"]), config)
-    writer = gguf.GGUFWriter(str(path), "llama")
+    """Writes `path`; `tensors` are named as in adapter_model.safetensors, `config` is adapter_config.json's content.
+
+    Raises UnsupportedModel for an adapter that llama.cpp could not apply as PEFT does.
+    """
+    pairs = _pairs(tensors, config)
+    alpha = _folded_alpha(float(config["lora_alpha"]), int(config["r"]), config) or 1.0
+    writer = gguf.GGUFWriter(str(path), layout.architecture)
     writer.add_type("adapter")
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    for name in sorted(name for name in tensors if name.endswith(".lora_A.weight")):
-        module = name.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
-        gguf_name = to_gguf_name(f"{module}.weight")
-        down = tensors[name]  # (rank, inputs)
-        up = tensors[name.replace(".lora_A.", ".lora_B.")]  # (outputs, rank)
-        up = up * (_effective_alpha(module, down.shape[0], config) / alpha)
-        writer.add_tensor(f"{gguf_name}.lora_a", np.ascontiguousarray(down, np.float32))
-        writer.add_tensor(f"{gguf_name}.lora_b", np.ascontiguousarray(llama.to_gguf_rows(gguf_name, up), np.float32))
+    for module, (down, up) in sorted(pairs.items()):
+        name = layout.to_gguf_name(f"{module}.weight")
+        if name == "output.weight":
+            raise UnsupportedModel("the adapter changes the LM head; take lm_head out of target_modules")
+        own_alpha = _folded_alpha(_alpha_of(module, config), down.shape[0], config)
+        rows = layout.to_gguf_rows(name, up * (own_alpha / alpha))
+        writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(down, np.float32))
+        writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(rows, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def _effective_alpha(module: str, rank: int, config: dict[str, Any]) -> float:
-    """What llama.cpp must divide by `rank` to scale as PEFT does: alpha_pattern and rsLoRA are in it."""
-    patterns = config.get("alpha_pattern") or {}
-    found = [value for key, value in patterns.items() if module == key or module.endswith(f".{key}")]
-    alpha = float(found[0] if found else config["lora_alpha"])
+def _pairs(
+    tensors: dict[str, npt.NDArray[np.float32]], config: dict[str, Any]
+) -> dict[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
+    """By module: lora_A (rank, inputs) and lora_B (outputs, rank)."""
+    for key in _REFUSED:
+        if config.get(key):
+            raise UnsupportedModel(f"adapter_config.json sets {key}, which llama.cpp does not know")
+    halves: dict[str, dict[str, npt.NDArray[np.float32]]] = {}
+    for name, tensor in tensors.items():
+        match = _PAIR.fullmatch(name.removeprefix(_PREFIX))
+        if match is None or tensor.ndim != 2:
+            raise UnsupportedModel(f"the adapter holds '{name}', which is no LoRA weight of a linear layer")
+        halves.setdefault(match["module"], {})[match["half"]] = tensor
+    for module, found in halves.items():
+        if len(found) != 2:
+            raise UnsupportedModel(f"the adapter holds only lora_{next(iter(found))} of '{module}'")
+    return {module: (found["A"], found["B"]) for module, found in halves.items()}
+
+
+def _alpha_of(module: str, config: dict[str, Any]) -> float:
+    """A module's alpha; the first pattern that fits wins, as in PEFT: a regular expression for the end of its name."""
+    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return float(alpha)
+    return float(config["lora_alpha"])
+
+
+def _folded_alpha(alpha: float, rank: int, config: dict[str, Any]) -> float:
+    """What llama.cpp must divide by `rank` to scale as PEFT does."""
     return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha

@@ -1,7 +1,8 @@
 """Any tokenizer as a `tokenizer.json`: SentencePiece models, tiktoken files, the vocabulary inside a GGUF.
 
-Place in the flow: prepare → **tokenizers**. One rule: what is written gives the ids that the model's own tokenizer gives, or it
-is refused with the reason. No torch; what is heavy is done here, where a model is prepared, so that the gateway never has to.
+Place in the flow: prepare → **tokenizers**. One rule: what is written gives the ids that the model's own tokenizer gives,
+or it is refused with the reason. No torch; what is heavy is done here, where a model is prepared, so that the gateway
+never has to.
 """
 
 from __future__ import annotations

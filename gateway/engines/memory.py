@@ -1,0 +1,29 @@
+"""How much context an engine gets and what memory it is expected to take, known before it is started. Pure."""
+
+from __future__ import annotations
+
+from gateway.bases import PreparedBase
+
+OVERHEAD_BYTES = 256 << 20  # of a worker beside weights, keys and values
+KV_BUDGET_BYTES = 2 << 30  # for keys and values of all sequences, where no context length is set; the worker's own rule
+SMALLEST_CONTEXT = 512
+
+
+def planned_context(base: PreparedBase, asked: int | None, max_seqs: int) -> int:
+    """Tokens of context a sequence: as many as asked for, else the model's own, halved until all sequences fit the budget.
+
+    The worker would come to the same number by itself; here it is needed before there is a worker.
+    """
+    if asked is not None:
+        return min(asked, base.context_length)
+    context = base.context_length
+    while context > SMALLEST_CONTEXT and context * max_seqs * (base.kv_bytes_per_token or 0) > KV_BUDGET_BYTES:
+        context //= 2
+    return context
+
+
+def expected_memory(base: PreparedBase, context: int, max_seqs: int) -> int:
+    """What an engine is expected to take, in bytes: weights, keys and values, and the process itself."""
+    per_token = base.kv_bytes_per_token
+    kv_bytes = KV_BUDGET_BYTES if per_token is None else per_token * context * max_seqs
+    return base.gguf.stat().st_size + kv_bytes + OVERHEAD_BYTES

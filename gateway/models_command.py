@@ -1,0 +1,113 @@
+"""`tunegate models`: add, list and remove the models that are served without an entry in a settings file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gateway.errors import SettingsError
+from gateway.settings import Settings, load_settings
+
+DataOption = Annotated[str | None, typer.Option(help="The data folder, where it is not the settings' one.")]
+ConfigOption = Annotated[Path | None, typer.Option(help="Settings file (TOML).")]
+
+cli = typer.Typer(no_args_is_help=True, help=__doc__)
+
+
+@cli.command()
+def add(
+    source: Annotated[str, typer.Argument(help="A model's folder, a .gguf file, or the id ORG/NAME of one on a hub.")],
+    name: Annotated[str | None, typer.Option(help="What clients ask for; the last part of SOURCE by default.")] = None,
+    template: Annotated[
+        str, typer.Option(help="A template by name; 'model' for the one that the model brings.")
+    ] = "model",
+    type: Annotated[str, typer.Option(help="Of the weights that are served: q4_0, q8_0, q4_k_m, f16, …")] = "q4_0",
+    revision: Annotated[str | None, typer.Option(help="Of a model on a hub: a branch, tag or commit.")] = None,
+    data: DataOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Prepare a model and keep it; run it again after a break and it goes on where it was."""
+    from gateway.models import add_model, default_name
+
+    settings = _settings(config, data)
+    try:
+        model = add_model(
+            settings.data_dir / "bases",
+            source,
+            name or default_name(source),
+            template,
+            type,
+            revision,
+            _recipe(settings, template),
+        )
+    except SettingsError as error:
+        raise _failed(error) from error
+    tuned = "" if model.untrainable is None else f" It cannot be tuned: {model.untrainable}."
+    typer.echo(
+        f"'{model.name}' is ready ({_size(model.size_bytes)} in {model.path}). A running server takes it up within seconds, "
+        f"the next `tunegate serve` at its start.{tuned}"
+    )
+
+
+@cli.command("list")
+def list_(data: DataOption = None, config: ConfigOption = None) -> None:
+    """Show the models in the data folder."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from gateway.models import list_models
+
+    try:
+        models = list_models(_settings(config, data).data_dir / "bases")
+    except SettingsError as error:
+        raise _failed(error) from error
+    table = Table("name", "architecture", "on disk", "tuned", "from")
+    for model in models:
+        row = (model.architecture, _size(model.size_bytes), "no" if model.untrainable else "yes", model.source)
+        table.add_row(model.name, *row)
+    Console(markup=False, highlight=False).print(table if models else "no model yet: `tunegate models add …`")
+
+
+@cli.command()
+def remove(
+    name: Annotated[str, typer.Argument(help="As `models list` shows it.")],
+    data: DataOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Delete a model, or what a broken-off `add` has left. Refuses while it is in use."""
+    from gateway.models import remove_model
+
+    try:
+        freed = remove_model(_settings(config, data).data_dir, name)
+    except SettingsError as error:
+        raise _failed(error) from error
+    typer.echo(f"'{name}' is removed, {_size(freed)} are free again")
+
+
+def _settings(config: Path | None, data: str | None) -> Settings:
+    try:
+        return load_settings(config, os.environ, {"data": data})
+    except SettingsError as error:
+        raise _failed(error) from error
+
+
+def _recipe(settings: Settings, template: str) -> dict[str, object] | None:
+    """What a template of the settings file is made of; None for one that is built in or the model's own."""
+    if template not in settings.templates:
+        return None
+    from gateway.templates import settings_entries
+
+    entry = settings_entries({template: settings.templates[template]})[template]
+    return {"kind": entry.kind, "source": dict(entry.source)}
+
+
+def _failed(error: SettingsError) -> typer.Exit:
+    typer.echo(f"tunegate: {error.message}", err=True)
+    return typer.Exit(2)
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 100_000_000 else f"{size_bytes / 1e6:.1f} MB"
