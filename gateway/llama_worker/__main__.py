@@ -105,6 +105,8 @@ class Worker:
         from gateway.llama_worker.metrics import Metrics
         from gateway.llama_worker.native import Context, ContextSize, Model, NativeLog, library_version
         from gateway.llama_worker.scheduler import PROMPT_CHUNK, Scheduler
+        from gateway.llama_worker.structured.compiler import KINDS, Compiler
+        from gateway.llama_worker.vocabulary import NativeVocabulary
         from gateway.llama_worker.wire import Limits
 
         self._options = options
@@ -131,10 +133,20 @@ class Worker:
             "mode": {"name": mode.name, "use_extra_bufts": mode.use_extra_bufts, "threads": options.threads},
             "max_model_len": context,
             "max_num_seqs": options.max_seqs,
+            "structured_outputs": list(KINDS),
         }
+        vocabulary = NativeVocabulary(self._model)
         limits = Limits(context, options.max_seqs, self._model.vocab_size)
         self._front = Front(
-            self._scheduler, self._adapters, metrics, limits, options.served_name, key, self._version, options.max_queue
+            self._scheduler,
+            self._adapters,
+            metrics,
+            limits,
+            options.served_name,
+            key,
+            self._version,
+            options.max_queue,
+            Compiler(vocabulary.pieces),
         )
         self._server = uvicorn.Server(
             uvicorn.Config(

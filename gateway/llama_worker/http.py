@@ -13,6 +13,7 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -29,7 +30,9 @@ from gateway.llama_worker.delivery import Gone, Mailbox, answer, call_soon, send
 from gateway.llama_worker.generation import Generation
 from gateway.llama_worker.metrics import CONTENT_TYPE, Metrics
 from gateway.llama_worker.scheduler import Scheduler
+from gateway.llama_worker.structured.compiler import Compiler
 from gateway.llama_worker.wire import (
+    Completion,
     Limits,
     Reply,
     parse_adapter,
@@ -56,6 +59,7 @@ class Front:
         key: str,
         version: dict[str, Any],
         max_queue: int,
+        compiler: Compiler,
     ) -> None:
         self._scheduler = scheduler
         self._adapters = adapters
@@ -63,6 +67,7 @@ class Front:
         self._limits = limits
         self._served_name = served_name
         self._version = version
+        self._compiler = compiler
         self._in_flight = 0  # choices asked for and not yet answered; touched on the loop only
         self._in_flight_limit = limits.max_num_seqs + max_queue
         self._started_at = int(time.time())
@@ -134,6 +139,7 @@ class Front:
         request = parse_completion(parse_body(await _read_body(receive)), self._limits)
         if request.model != self._served_name and self._adapters.get(request.model) is None:
             raise ModelNotFound(request.model)
+        request = await self._with_structure(request)
         if self.draining or self._in_flight + request.n > self._in_flight_limit:
             why = "is shutting down" if self.draining else f"has {self._in_flight} sequences in flight, its limit"
             raise EngineUnavailable(f"The worker {why}; try again.", retry_after_s=RETRY_AFTER_S)
@@ -151,6 +157,14 @@ class Front:
             self._in_flight -= request.n
             watcher.cancel()
             self._scheduler.cancel(generation)  # does nothing to one that is over
+
+    async def _with_structure(self, request: Completion) -> Completion:
+        if request.wish is None:
+            return request
+        structure = self._compiler.known(request.wish)
+        if structure is None:
+            structure = await asyncio.to_thread(self._compiler.compile, request.wish)
+        return replace(request, sampling=replace(request.sampling, structure=structure))
 
 
 class _Endpoint:

@@ -2,16 +2,20 @@
 
 Its rule: a token depends on the sequence's own logits, history, parameters and random stream, and on nothing else, so that
 the same seed gives the same text whatever else runs. The order is vLLM's: bias, floor of `min_tokens`, penalties, (greedy
-choice or) temperature, min_p, top_k, top_p.
+choice or) temperature, min_p, top_k, top_p. A grammar comes last, as in llama.cpp: the choice is made without it, and made
+again among what it leaves when it refuses; so it costs next to nothing where the model goes its way anyhow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+
+from gateway.errors import RequestError
+from gateway.llama_worker.structured.constraint import Constraint, Structure
 
 Logits = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -36,10 +40,11 @@ class Sampling:
     ignore_eos: bool = False
     min_tokens: int = 0
     logit_bias: dict[int, float] = field(default_factory=dict)
+    structure: Structure | None = None  # what the text is held to
 
 
 class Sampler:
-    """The random stream, the history and the rules of one sequence."""
+    """The random stream, the history and the rules of one sequence. `ended`: nothing may follow what was chosen."""
 
     def __init__(
         self, sampling: Sampling, prompt_ids: Sequence[int], index: int, vocab_size: int, end_ids: frozenset[int]
@@ -50,6 +55,8 @@ class Sampler:
         self._bias_ids = np.fromiter(sampling.logit_bias, dtype=np.int64)
         self._bias = np.fromiter(sampling.logit_bias.values(), dtype=np.float32)
         ends = sampling.stop_ids if sampling.ignore_eos else sampling.stop_ids | end_ids
+        self._constraint: Constraint | None = sampling.structure.constraint(ends) if sampling.structure else None
+        self.ended = False
         self._floor_ids = np.fromiter(ends, dtype=np.int64)
         self._generated = 0
         self._penalised = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
@@ -61,8 +68,12 @@ class Sampler:
             self._seen[np.asarray(prompt_ids, dtype=np.int64)] = True
 
     def choose(self, logits: Logits) -> int:
-        """The next token for `logits` (vocab); remembers it. The array is not changed."""
-        token = self._pick(self._adjust(logits))
+        """The next token for `logits` (vocab); remembers it. The array is not changed.
+
+        Raises RequestError when what the text is held to allows no token, or takes too long to follow.
+        """
+        adjusted = self._adjust(logits)
+        token = self._pick(adjusted) if self._constraint is None else self._pick_held(adjusted, self._constraint)
         self._generated += 1
         if self._counts is not None:
             self._counts[token] += 1
@@ -90,26 +101,81 @@ class Sampler:
         return logits
 
     def _pick(self, logits: Logits) -> int:
-        sampling = self.sampling
-        if sampling.temperature < GREEDY_BELOW:
+        if self.sampling.temperature < GREEDY_BELOW:
             return int(logits.argmax())
-        weights = np.exp(
-            (logits - logits.max()) / np.float32(sampling.temperature)
-        )  # largest = 1: min_p is a threshold
+        ids, weights = self._filtered(logits)
+        drawn = self._draw(weights)
+        return drawn if ids is None else int(ids[drawn])
+
+    def _pick_held(self, logits: Logits, constraint: Constraint) -> int:
+        """The choice without the constraint if it allows that, else the choice among what it may allow."""
+        constraint.begin()
+        token = self._pick(logits)
+        if not constraint.allows(token):
+            token = next((other for other in self._ordered(logits, constraint) if constraint.allows(other)), -1)
+            if token < 0:
+                raise RequestError(
+                    "The grammar or schema asks for text that no token of this model can begin.",
+                    param="structured_outputs",
+                )
+        constraint.accept(token)
+        self.ended = constraint.ended
+        return token
+
+    def _ordered(self, logits: Logits, constraint: Constraint) -> Iterator[int]:
+        """The candidates: what the filters leave in a random order of the right probabilities; then the rest.
+
+        Adding Gumbel noise to logits / temperature and taking the largest draws from the softmax, and taking the next
+        largest draws from what is left: so the first that is allowed is a draw from those that are. Where all that the
+        filters left was refused, the likeliest of the others comes next.
+        """
+        ids, mine = _finite(constraint.candidates(), logits)
+        if len(ids) and self.sampling.temperature >= GREEDY_BELOW:
+            kept, weights = self._filtered(mine)
+            left = ids if kept is None else ids[kept]
+            with np.errstate(divide="ignore"):  # a weight may be 0 to the last digit: it comes last
+                noisy = np.log(weights) + self._random.gumbel(size=len(weights))
+            yield from (int(left[place]) for place in _descending(noisy))
+            ids, mine = _finite(constraint.candidates(), logits)
+        yield from (int(ids[place]) for place in _descending(mine))
+
+    def _filtered(self, logits: Logits) -> tuple[Ids | None, Logits]:
+        """(places of what temperature, min_p, top_k and top_p leave; their weights, the largest 1), None for all places."""
+        sampling = self.sampling
+        # The largest weight is 1, so min_p is a threshold.
+        weights = np.exp((logits - logits.max()) / np.float32(sampling.temperature))
         if sampling.min_p == 0 and sampling.top_k == 0 and sampling.top_p == 1:
-            return self._draw(weights)
+            return None, weights
         ids = np.flatnonzero(weights >= np.float32(sampling.min_p))
         if 0 < sampling.top_k < len(ids):
             ids = _largest(weights, ids, sampling.top_k)
         if sampling.top_p < 1:
             ids = _nucleus(weights, ids, sampling.top_p)
-        return int(ids[self._draw(weights[ids])])
+        return ids, weights[ids]
 
     def _draw(self, weights: Logits) -> int:
         cumulative = np.cumsum(weights, dtype=np.float64)
         drawn = self._random.random() * cumulative[-1]
         # `drawn` may round up to the last border itself.
         return min(int(np.searchsorted(cumulative, drawn, side="right")), len(weights) - 1)
+
+
+def _finite(ids: Ids, logits: Logits) -> tuple[Ids, Logits]:
+    mine = logits[ids]
+    return ids[mine > -np.inf], mine[mine > -np.inf]
+
+
+def _descending(values: npt.NDArray[np.floating]) -> Iterator[int]:
+    """Places from the largest value to the smallest; the first few without sorting them all."""
+    few = min(64, len(values))
+    if not few:
+        return
+    first = np.argpartition(values, len(values) - few)[-few:]
+    yield from first[np.lexsort((first, -values[first]))].tolist()
+    if few < len(values):
+        order = np.argsort(-values, kind="stable")
+        taken = set(first.tolist())
+        yield from (place for place in order.tolist() if place not in taken)
 
 
 def _largest(weights: Logits, ids: Ids, count: int) -> Ids:

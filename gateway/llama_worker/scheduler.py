@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from gateway.errors import EngineUnavailable, ModelNotFound, TunegateError
+from gateway.errors import EngineUnavailable, ModelNotFound, RequestError, TunegateError
 from gateway.llama_worker.adapters import Adapters
 from gateway.llama_worker.generation import Event, Finished, Generation, Sequence
 from gateway.llama_worker.metrics import Metrics
@@ -246,7 +246,11 @@ class Scheduler:
             self._fail([generation], TunegateError(f"The model {name!r} produced logits that are not finite numbers."))
             return
         sampling = generation.request.sampling
-        token = sequence.sampler.choose(logits)
+        try:
+            token = sequence.sampler.choose(logits)
+        except RequestError as error:  # of its grammar
+            self._fail([generation], error)
+            return
         sequence.last_id = token
         sequence.generated += 1
         finish_reason, stop_reason = None, None
@@ -254,6 +258,8 @@ class Scheduler:
             finish_reason = "stop"
         elif token in sampling.stop_ids:
             finish_reason, stop_reason = "stop", token
+        elif sequence.sampler.ended:
+            finish_reason = "stop"
         elif sequence.generated >= sampling.max_tokens:
             finish_reason = "length"
         wanted = generation.request.logprobs

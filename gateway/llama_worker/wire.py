@@ -17,6 +17,7 @@ import orjson
 from gateway.errors import ContextLengthExceeded, RequestError
 from gateway.llama_worker.sampling import Sampling
 from gateway.llama_worker.scoring import Score
+from gateway.llama_worker.structured.compiler import Wish, read_wish
 
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
@@ -45,6 +46,7 @@ class Completion:
     prompt_logprobs: int | None
     stream: bool
     include_usage: bool
+    wish: Wish | None = None  # what the text is to look like; compiled, it is `sampling.structure`
 
 
 @dataclass
@@ -109,6 +111,7 @@ def parse_completion(fields: dict[str, Any], limits: Limits) -> Completion:
         prompt_logprobs=prompt_logprobs,
         stream=stream,
         include_usage=_include_usage(fields.get("stream_options")),
+        wish=read_wish(fields.get("structured_outputs")),
     )
 
 
