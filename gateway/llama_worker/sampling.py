@@ -21,6 +21,7 @@ Logits = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
 GREEDY_BELOW = 1e-5  # a temperature under this is 0, as in vLLM
+FILTER_ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -123,14 +124,16 @@ class Sampler:
         return token
 
     def _ordered(self, logits: Logits, constraint: Constraint) -> Iterator[int]:
-        """The candidates: what the filters leave in a random order of the right probabilities; then the rest.
+        """The candidates: what the filters leave, in a random order of the right probabilities; then the rest, likeliest first.
 
         Adding Gumbel noise to logits / temperature and taking the largest draws from the softmax, and taking the next
-        largest draws from what is left: so the first that is allowed is a draw from those that are. Where all that the
-        filters left was refused, the likeliest of the others comes next.
+        largest draws from what is left: so the first that is allowed is a draw from those that are. Where the grammar
+        refused all that the filters left, they are asked again without it; a few times, for each costs the vocabulary's time.
         """
         ids, mine = _finite(constraint.candidates(), logits)
-        if len(ids) and self.sampling.temperature >= GREEDY_BELOW:
+        for _ in range(FILTER_ROUNDS if self.sampling.temperature >= GREEDY_BELOW else 0):
+            if not len(ids):
+                return
             kept, weights = self._filtered(mine)
             left = ids if kept is None else ids[kept]
             with np.errstate(divide="ignore"):  # a weight may be 0 to the last digit: it comes last
