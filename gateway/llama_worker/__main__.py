@@ -101,13 +101,14 @@ class Worker:
         # Imported here, so that a bad command line or a crash in the proof costs nothing.
         from gateway.llama_worker.adapters import Adapters
         from gateway.llama_worker.delivery import publisher
+        from gateway.llama_worker.embedding import Embedder
+        from gateway.llama_worker.fields import Limits
         from gateway.llama_worker.http import Front
         from gateway.llama_worker.metrics import Metrics
         from gateway.llama_worker.native import Context, ContextSize, Model, NativeLog, library_version
         from gateway.llama_worker.scheduler import PROMPT_CHUNK, Scheduler
         from gateway.llama_worker.structured.compiler import KINDS, Compiler
         from gateway.llama_worker.vocabulary import NativeVocabulary
-        from gateway.llama_worker.wire import Limits
 
         self._options = options
         self._listener = listener
@@ -120,6 +121,7 @@ class Worker:
         size = ContextSize(context, options.max_seqs, batch=max(PROMPT_CHUNK, options.max_seqs))
         self._context = Context(self._model, size, options.threads)
         self._adapters = Adapters(self._model, options.served_name)
+        self._embedder = Embedder(self._model, context, options.threads)
         self._loop = uvloop.new_event_loop()
         metrics = Metrics()
         self._scheduler = Scheduler(
@@ -134,6 +136,7 @@ class Worker:
             "max_model_len": context,
             "max_num_seqs": options.max_seqs,
             "structured_outputs": list(KINDS),
+            "embedding_width": self._embedder.width if self._embedder.pooling else None,
         }
         vocabulary = NativeVocabulary(self._model)
         limits = Limits(context, options.max_seqs, self._model.vocab_size)
@@ -147,6 +150,8 @@ class Worker:
             self._version,
             options.max_queue,
             Compiler(vocabulary.pieces),
+            vocabulary,
+            self._embedder,
         )
         self._server = uvicorn.Server(
             uvicorn.Config(
@@ -182,6 +187,7 @@ class Worker:
             os._exit(1)  # its objects may be in any state: freeing them could hang
         self._server.should_exit = True
         thread.join(timeout=DRAIN_S)
+        self._embedder.close()
         self._context.close()
         self._adapters.close()
         self._model.close()

@@ -62,6 +62,7 @@ class Scheduler:
         self._unloading: list[tuple[str, Adapter, Callable[[TunegateError | None], None]]] = []
         self._failures = 0
         self._stop_at: float | None = None
+        self._errands: deque[tuple[Iterator[bool], Callable[[TunegateError | None], None]]] = deque()
 
     def submit(self, generation: Generation) -> None:
         """Queues a request."""
@@ -70,6 +71,13 @@ class Scheduler:
     def cancel(self, generation: Generation) -> None:
         """Ends a request within a round; no further event is delivered."""
         self._inbox.put(lambda: self._drop(generation))
+
+    def attend(self, steps: Iterator[bool], reply: Callable[[TunegateError | None], None]) -> None:
+        """Takes one of `steps` a round; where one gives True, another errand's may come next.
+
+        `reply` is called on the loop's thread.
+        """
+        self._inbox.put(lambda: self._errands.append((steps, reply)))
 
     def load(self, name: str, directory: str | None, reply: Callable[[TunegateError | None], None]) -> None:
         """Loads an adapter between two rounds; `reply` is called on the loop's thread."""
@@ -93,14 +101,17 @@ class Scheduler:
             self._compute_prompt_chunk()
             for adapter in self._adapters_in_use():
                 self._decode_step(adapter)
+            self._step_errand()
             self._free_withdrawn()
             self._flush()
         self._fail(list(self._generations()), EngineUnavailable("The worker is shutting down.", retry_after_s=1))
+        for _, reply in self._errands:
+            reply(EngineUnavailable("The worker is shutting down.", retry_after_s=1))
         self._flush()
 
     @property
     def _busy(self) -> bool:
-        return bool(self._waiting or self._filling or self._running)
+        return bool(self._waiting or self._filling or self._running or self._errands)
 
     def _take_commands(self) -> None:
         if not self._busy and self._stop_at is None:
@@ -220,6 +231,20 @@ class Scheduler:
         for row, sequence in enumerate(group):
             sequence.position += 1
             self._advance(sequence, logits[row])
+
+    def _step_errand(self) -> None:
+        if not self._errands:
+            return
+        steps, reply = self._errands.popleft()
+        try:
+            others_first = next(steps)
+        except StopIteration:
+            reply(None)
+        except NativeError as error:
+            log.error("an errand failed: %s", error)
+            reply(TunegateError(f"llama.cpp failed: {error}"))
+        else:
+            (self._errands.append if others_first else self._errands.appendleft)((steps, reply))
 
     def _decode(
         self,
