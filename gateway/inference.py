@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from gateway.chat.bundle import Bundle
-from gateway.chat.conversation import Message, RenderError
+from gateway.chat.calls import CallDelta
+from gateway.chat.conversation import Message, Options, RenderError
 from gateway.chat.parse import ReplyReader
-from gateway.chat.render import render_prompt
+from gateway.chat.render import Prompt, render_prompt, render_quickly
+from gateway.chat.speech import NO_TOOLS, ToolUse, call_opening
 from gateway.engines.catalog import Catalog, Served
 from gateway.engines.client import EngineStream
 from gateway.errors import ContextLengthExceeded, EngineError, RateLimited, RequestError
@@ -18,6 +20,9 @@ from gateway.errors import ContextLengthExceeded, EngineError, RateLimited, Requ
 # Rendering longer texts than this would hold up other streams for more than about a millisecond.
 _INLINE_CHARACTERS = 4000
 _LEAST_LOGPROB = -9999.0
+
+
+__all__ = ["CallDelta", "Delta", "Generation", "Inference", "Sampling", "TokenLogprob"]
 
 
 class Sampling(Protocol):
@@ -66,12 +71,15 @@ class TokenLogprob:
 
 @dataclass(slots=True)
 class Delta:
-    """What a choice got since the last one. `finish_reason` ("stop" or "length") comes once, with the last."""
+    """What a choice got since the last one. `finish_reason` ("stop", "length", "tool_calls") comes once, with the last."""
 
     index: int
     text: str
     finish_reason: str | None
     logprobs: list[TokenLogprob] | None
+    reasoning: str = ""
+    calls: Sequence[CallDelta] = ()
+    token_ids: Sequence[int] = ()  # as the engine sent them
 
 
 class Inference:
@@ -82,17 +90,43 @@ class Inference:
         self._limit = requests_in_flight
         self.in_flight = 0
 
-    async def chat(self, model: str, messages: Sequence[Message], sampling: Sampling, *, stream: bool) -> Generation:
+    async def chat(
+        self,
+        model: str,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        *,
+        stream: bool,
+        tool_use: ToolUse = NO_TOOLS,
+        options: Options | None = None,
+    ) -> Generation:
         """A reply to `messages`. Raises ModelNotFound, RequestError, ContextLengthExceeded, EngineUnavailable."""
         served = self._catalog.resolve(model)
+        bundle = served.bundle
+        if tool_use.tools and bundle.speech.tool_calls is None:
+            raise RequestError(
+                f"'{model}' speaks through the template '{bundle.template.name}', which has no form for tool calls that can "
+                "be read back; leave 'tools' out or ask a model whose template has one",
+                param="tools",
+            )
+        tools = tool_use.tools or None
         try:
-            if sum(len(message.content) for message in messages) > _INLINE_CHARACTERS:
-                prompt = await asyncio.to_thread(render_prompt, served.bundle, messages)
-            else:
-                prompt = render_prompt(served.bundle, messages)
+            prompt = render_quickly(bundle, messages, tools, options)
+            if prompt is None:
+                prompt = await asyncio.to_thread(render_prompt, bundle, messages, tools, options)
         except RenderError as error:
-            raise RequestError(f"{error}", param="messages") from error
-        return await self._generate(served, prompt.ids, sampling, stream=stream, raw=False, param="messages")
+            at_tools = tools and not getattr(bundle.template, "offers_tools", False)
+            raise RequestError(f"{error}", param="tools" if at_tools else "messages") from error
+        begun = _forced_ids(bundle, prompt, tool_use)
+
+        def reader() -> ReplyReader:
+            return ReplyReader(
+                bundle, sampling.stops, tool_use=tool_use, opens_reasoning=prompt.opens_reasoning, begun=begun
+            )
+
+        by_text = bool(sampling.stops) or bool(bundle.stop_strings) or tool_use.single
+        ids = [*prompt.ids, *begun] if begun else prompt.ids
+        return await self._generate(served, ids, sampling, reader, stream=stream or by_text, param="messages")
 
     async def complete(self, model: str, prompt: str | list[int], sampling: Sampling, *, stream: bool) -> Generation:
         """A continuation of a text or of token ids. Raises as `chat` does."""
@@ -111,30 +145,41 @@ class Inference:
                 )
         if not ids:
             raise RequestError("'prompt' is empty; give at least one character or token", param="prompt")
-        return await self._generate(served, ids, sampling, stream=stream, raw=True, param="prompt")
+
+        def reader() -> ReplyReader:
+            return ReplyReader(served.bundle, sampling.stops, raw=True)
+
+        by_text = bool(sampling.stops)
+        return await self._generate(served, ids, sampling, reader, stream=stream or by_text, param="prompt")
 
     def prompt_text(self, model: str, prompt: str | list[int]) -> str:
         """A plain prompt as text, for `echo`."""
         return prompt if isinstance(prompt, str) else self._catalog.resolve(model).bundle.tokenizer.decode(prompt)
 
     async def _generate(
-        self, served: Served, ids: list[int], sampling: Sampling, *, stream: bool, raw: bool, param: str
+        self,
+        served: Served,
+        ids: list[int],
+        sampling: Sampling,
+        reader: Callable[[], ReplyReader],
+        *,
+        stream: bool,
+        param: str,
     ) -> Generation:
         if self.in_flight >= self._limit:
             raise RateLimited(f"{self._limit} requests are being answered; try again shortly", retry_after_s=1)
         _check_bias(sampling.logit_bias, served.bundle.tokenizer.vocab_size)
         max_tokens = _room(served, ids, sampling.max_tokens, param)
-        readers = [ReplyReader(served.bundle, sampling.stops, raw=raw) for _ in range(sampling.n)]
-        by_text = bool(sampling.stops) or (not raw and bool(served.bundle.stop_strings))
+        readers = [reader() for _ in range(sampling.n)]
         stop_ids = () if sampling.ignore_eos else served.bundle.stop_ids
-        body = _engine_body(served, ids, sampling, max_tokens, stop_ids, stream=stream or by_text)
+        body = _engine_body(served, ids, sampling, max_tokens, stop_ids, stream=stream)
         self.in_flight += 1
         try:
             events = await served.client.stream(body)
         except BaseException:
             self.in_flight -= 1
             raise
-        return Generation(self, served.bundle, events, readers, prompt_tokens=len(ids), logprobs=sampling.logprobs)
+        return Generation(self, served.bundle, events, readers, prompt_ids=ids, logprobs=sampling.logprobs)
 
     def _ended(self) -> None:
         self.in_flight -= 1
@@ -150,7 +195,7 @@ class Generation:
         stream: EngineStream,
         readers: list[ReplyReader],
         *,
-        prompt_tokens: int,
+        prompt_ids: list[int],
         logprobs: int | None,
     ) -> None:
         self._inference, self._bundle, self._stream, self._readers = inference, bundle, stream, readers
@@ -159,7 +204,8 @@ class Generation:
         self._logprobs = logprobs
         self._live = True
         self._cut = False  # a stop string ended a choice: the engine does not know and would go on
-        self.prompt_tokens = prompt_tokens
+        self.plain = all(reader.plain for reader in readers)  # text is all that can come
+        self.prompt_ids = prompt_ids
         self.completion_tokens = 0
         self.cached_tokens = 0
 
@@ -180,6 +226,16 @@ class Generation:
                     self._read(frame)
         finally:
             self.cancel()
+
+    @property
+    def prompt_tokens(self) -> int:
+        """How many tokens the engine was sent."""
+        return len(self.prompt_ids)
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """How many of the completion's tokens were reasoning."""
+        return sum(reader.reasoning_tokens for reader in self._readers)
 
     def cancel(self) -> None:
         """Ends it now, wherever it is; the engine stops within a step."""
@@ -204,18 +260,20 @@ class Generation:
         reason = choice["finish_reason"]
         reader = self._readers[index]
         self.completion_tokens += len(ids)
-        text = reader.feed(ids)
+        part = reader.feed(ids)
         if reader.stopped:
             reason = "stop"
             self._cut = True
-        elif reason is not None:
-            text += reader.finish(at_stop=reason == "stop")
+        if reason is not None:
+            part.add(reader.finish(at_stop=reason == "stop"))
         logprobs = None
         if self._logprobs is not None:
             logprobs = self._read_logprobs(choice["logprobs"], ids, ended=reason == "stop")
         if reason is not None:
             self._open.discard(index)
-        return Delta(index, text, reason, logprobs)
+            if reason == "stop" and reader.n_calls:
+                reason = "tool_calls"
+        return Delta(index, part.text, reason, logprobs, part.reasoning, part.calls, ids)
 
     def _read_logprobs(self, raw: dict[str, Any] | None, ids: list[int], *, ended: bool) -> list[TokenLogprob]:
         """Entries for the tokens that are text: the stop token that ended the reply has none, as at OpenAI."""
@@ -230,6 +288,14 @@ class Generation:
             named = [(token_bytes(int(name.removeprefix("token_id:"))), _finite(value)) for name, value in others]
             entries.append(TokenLogprob(token_bytes(token_id), _finite(logprob), named))
         return entries
+
+
+def _forced_ids(bundle: Bundle, prompt: Prompt, tool_use: ToolUse) -> list[int]:
+    """The beginning of a call, for a reply that must be one: it goes behind the prompt and counts as the reply's."""
+    if not tool_use.forced:
+        return []
+    opening = call_opening(bundle.speech, tool_use.forced, in_reasoning=prompt.opens_reasoning, lead=bundle.frame.lead)
+    return bundle.tokenizer.encode_continuation(opening)
 
 
 def _room(served: Served, ids: list[int], wanted: int | None, param: str) -> int:

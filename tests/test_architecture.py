@@ -38,8 +38,11 @@ ARROWS: dict[str, set[str]] = {
         "gateway.settings",
     }
     | {"gateway.store", "gateway.chat"},
-    "gateway.routes": {"gateway.errors", "gateway.inference", "gateway.jobs", "gateway.settings", "gateway.store"}
+    "gateway.templates": {"gateway.chat", "gateway.engines", "gateway.errors", "gateway.settings", "gateway.store"}
     | {"gateway.wire"},
+    "gateway.terminal": {"gateway.bases", "gateway.errors"},
+    "gateway.routes": {"gateway.errors", "gateway.inference", "gateway.jobs", "gateway.settings", "gateway.store"}
+    | {"gateway.templates", "gateway.wire"},
     "trainer": {"gateway.chat", "gateway.jobdir"},
     "clients": LEAVES,
 }

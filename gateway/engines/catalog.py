@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from gateway.bases import PreparedBase
@@ -90,6 +90,13 @@ class Catalog:
                 base.created_at,
                 "tunegate",
             )
+
+    def rebundle(self, name: str, bundle: Bundle) -> None:
+        """Renders a base, under all its names, through another bundle from now on; its tuned models keep theirs."""
+        self._bases[name] = replace(self._bases[name], bundle=bundle)
+        for alias, base in self._aliases.items():
+            if base == name:
+                self._served[alias] = replace(self._served[alias], bundle=bundle)
 
     def publish(self, model: TunedModel) -> None:
         """Serves a tuned model that an engine has loaded and verified."""
