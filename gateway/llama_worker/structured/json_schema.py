@@ -37,7 +37,8 @@ array ::= "[" ws (value ("," ws value)* ws)? "]"
 value ::= object | array | string | number | boolean | null
 key-char ::= [^"\\\\\\x00-\\x1F\\x7F]
 """
-ANY_OBJECT = "root ::= object\n" + _COMMON
+# Where words begin with their space, a reply does too; it is no part of the document, and JSON allows it.
+ANY_OBJECT = 'root ::= " "? object\n' + _COMMON
 
 _TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 _ANNOTATIONS = frozenset(
@@ -98,7 +99,7 @@ class _Converter:
 
     def grammar(self) -> str:
         root = self._visit(self._schema, ())
-        return "\n".join([f"root ::= {root}", *self._written, _COMMON])
+        return "\n".join([f'root ::= " "? {root}', *self._written, _COMMON])
 
     def _visit(self, schema: Any, path: Path) -> str:
         """An expression, short or the name of a rule, for one schema."""
