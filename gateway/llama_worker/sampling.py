@@ -22,6 +22,7 @@ Ids = npt.NDArray[np.int64]
 
 GREEDY_BELOW = 1e-5  # a temperature under this is 0, as in vLLM
 FILTER_ROUNDS = 8
+ROUND = 64  # candidates that are tried before those that were refused are left out
 
 
 @dataclass(frozen=True)
@@ -124,23 +125,27 @@ class Sampler:
         return token
 
     def _ordered(self, logits: Logits, constraint: Constraint) -> Iterator[int]:
-        """The candidates: what the filters leave, in a random order of the right probabilities; then the rest, likeliest first.
+        """The candidates: what the filters leave in a random order of the right probabilities; then the rest, likeliest first.
 
-        Adding Gumbel noise to logits / temperature and taking the largest draws from the softmax, and taking the next
-        largest draws from what is left: so the first that is allowed is a draw from those that are. Where the grammar
-        refused all that the filters left, they are asked again without it; a few times, for each costs the vocabulary's time.
+        Weights divided by exponential noise: the largest is a draw from the weights, the next largest a draw from what is
+        left; so the first that is allowed is a draw from those that are. Each round leaves out what was refused by then, with
+        all that begins like it. Where the grammar refuses whatever the filters leave, they are not asked for ever.
         """
-        ids, mine = _finite(constraint.candidates(), logits)
-        for _ in range(FILTER_ROUNDS if self.sampling.temperature >= GREEDY_BELOW else 0):
+        rounds = 0
+        while True:
+            ids = constraint.candidates()
+            ids = ids[logits[ids] > -np.inf]
             if not len(ids):
                 return
-            kept, weights = self._filtered(mine)
-            left = ids if kept is None else ids[kept]
-            with np.errstate(divide="ignore"):  # a weight may be 0 to the last digit: it comes last
-                noisy = np.log(weights) + self._random.gumbel(size=len(weights))
-            yield from (int(left[place]) for place in _descending(noisy))
-            ids, mine = _finite(constraint.candidates(), logits)
-        yield from (int(ids[place]) for place in _descending(mine))
+            values = logits[ids]
+            if self.sampling.temperature >= GREEDY_BELOW and rounds < FILTER_ROUNDS:
+                kept, weights = self._filtered(values)
+                noise = self._random.standard_exponential(len(weights), dtype=np.float32) + np.float32(1e-30)
+                ids, values = (ids if kept is None else ids[kept]), weights / noise
+                rounds += kept is not None
+            few = min(ROUND, len(ids))
+            places = np.argpartition(values, len(values) - few)[-few:]
+            yield from ids[places[np.lexsort((places, -values[places]))]].tolist()
 
     def _filtered(self, logits: Logits) -> tuple[Ids | None, Logits]:
         """(places of what temperature, min_p, top_k and top_p leave; their weights, the largest 1), None for all places."""
@@ -161,24 +166,6 @@ class Sampler:
         drawn = self._random.random() * cumulative[-1]
         # `drawn` may round up to the last border itself.
         return min(int(np.searchsorted(cumulative, drawn, side="right")), len(weights) - 1)
-
-
-def _finite(ids: Ids, logits: Logits) -> tuple[Ids, Logits]:
-    mine = logits[ids]
-    return ids[mine > -np.inf], mine[mine > -np.inf]
-
-
-def _descending(values: npt.NDArray[np.floating]) -> Iterator[int]:
-    """Places from the largest value to the smallest; the first few without sorting them all."""
-    few = min(64, len(values))
-    if not few:
-        return
-    first = np.argpartition(values, len(values) - few)[-few:]
-    yield from first[np.lexsort((first, -values[first]))].tolist()
-    if few < len(values):
-        order = np.argsort(-values, kind="stable")
-        taken = set(first.tolist())
-        yield from (place for place in order.tolist() if place not in taken)
 
 
 def _largest(weights: Logits, ids: Ids, count: int) -> Ids:

@@ -77,6 +77,17 @@ class Automaton:
             allowed |= masks[tops[stack]]
         return allowed
 
+    def forced(self, state: int, most: int) -> bytes:
+        """The bytes, `most` at most, that must come next and can be no others: inside a literal."""
+        found = bytearray()
+        while len(found) < most and EMPTY not in self._stacks[state]:
+            mask = self.first_bytes(state)
+            if mask.bit_count() != 1:
+                break
+            found.append(mask.bit_length() - 1)
+            state = self.step(state, found[-1])
+        return bytes(found)
+
     @property
     def full(self) -> bool:
         """Whether it remembers so much that `rebuilt` should replace it."""

@@ -17,6 +17,8 @@ from gateway.llama_worker.structured.gbnf import Grammar
 
 Ids = npt.NDArray[np.int64]
 
+NO_BYTE = 256
+MAX_FORCED = 64
 WORK_A_TOKEN = 4_000  # units of the automaton's work that a token earns (about 2 ms)
 WORK_AT_ONCE = 40_000  # that may be saved up for a harder one
 WORK_A_CHECK = 2  # what the check of one token costs besides
@@ -33,7 +35,7 @@ class Vocabulary:
         self._sorted = [pieces[token] for token in spoken]
         self.ranks: Ids = np.full(len(pieces), -1, dtype=np.int64)
         self.ranks[self.order] = np.arange(len(spoken))
-        self._starts = [bisect_left(self._sorted, bytes([byte])) for byte in range(256)] + [len(spoken)]
+        self._first = np.array([piece[0] if piece else NO_BYTE for piece in pieces], dtype=np.int16)
 
     def beginning_with(self, prefix: bytes) -> slice:
         """Where in `order` the tokens lie whose bytes begin with `prefix`."""
@@ -44,10 +46,19 @@ class Vocabulary:
 
     def starting_in(self, bytes_mask: int) -> Ids:
         """The ids of the tokens whose first byte is in the mask, ascending."""
-        parts = [
-            self.order[self._starts[byte] : self._starts[byte + 1]] for byte in range(256) if bytes_mask >> byte & 1
-        ]
-        return np.sort(np.concatenate(parts)) if parts else np.empty(0, dtype=np.int64)
+        table = np.zeros(NO_BYTE + 1, dtype=np.bool_)
+        table[:NO_BYTE] = np.unpackbits(np.frombuffer(bytes_mask.to_bytes(32, "little"), np.uint8), bitorder="little")
+        return np.flatnonzero(table[self._first])
+
+    def along(self, text: bytes) -> Ids:
+        """The ids of the tokens that `text` begins with, or that begin with `text`; ascending."""
+        found = [self.order[self.beginning_with(text)]]
+        for size in range(1, len(text)):
+            low = high = bisect_left(self._sorted, text[:size])
+            while high < len(self._sorted) and self._sorted[high] == text[:size]:
+                high += 1
+            found.append(self.order[low:high])
+        return np.sort(np.concatenate(found))
 
 
 class Structure:
@@ -102,7 +113,11 @@ class Constraint:
 
     def candidates(self) -> Ids:
         """The ids, ascending, that may still be allowed: not refused so far, and beginning as the grammar does."""
-        found = self._vocabulary.starting_in(self._automaton.first_bytes(self._state))
+        forced = self._forced()
+        if forced:
+            found = self._vocabulary.along(forced)
+        else:
+            found = self._vocabulary.starting_in(self._automaton.first_bytes(self._state))
         if self._refused is not None:
             found = found[~self._refused[self._vocabulary.ranks[found]]]
         if self._automaton.accepts(self._state):
@@ -120,12 +135,23 @@ class Constraint:
             self._automaton, self._state = self._automaton.rebuilt(state)
 
     def _run(self, piece: bytes) -> tuple[int, int]:
-        automaton = self._automaton
-        before = automaton.work
-        automaton.limit = before + self._budget
+        before = self._allow_work()
+        try:
+            return self._automaton.run(self._state, piece)
+        finally:
+            self._budget -= self._automaton.work - before
+
+    def _forced(self) -> bytes:
+        before = self._allow_work()
+        try:
+            return self._automaton.forced(self._state, MAX_FORCED)
+        finally:
+            self._budget -= self._automaton.work - before
+
+    def _allow_work(self) -> int:
+        """Lets the automaton, which other sequences use too, do what is left of the budget; the work it has done by now."""
         if self._budget < 0:
             raise GrammarTooCostly
-        try:
-            return automaton.run(self._state, piece)
-        finally:
-            self._budget -= automaton.work - before
+        before = self._automaton.work
+        self._automaton.limit = before + self._budget
+        return before
