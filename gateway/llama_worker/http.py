@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 BODY_LIMIT_BYTES = 8 * 2**20
 RETRY_AFTER_S = 1
+SILENCE_S = 60  # of the decode loop while it has work: longer than any one step, a chunk of a large model included
 
 
 class Front:
@@ -82,12 +83,18 @@ class Front:
     async def _health(self, request: Request) -> Response:
         if self.draining:
             raise EngineUnavailable("The worker is shutting down.", retry_after_s=RETRY_AFTER_S)
+        silent_s = self._scheduler.heartbeat.silent_s()
+        if silent_s > SILENCE_S:
+            raise EngineUnavailable(
+                f"The decode loop has made no progress for {silent_s:.0f} s.", retry_after_s=SILENCE_S
+            )
         return PlainTextResponse("ok")
 
     async def _show_version(self, request: Request) -> Response:
         return _json(self._version)
 
     async def _show_metrics(self, request: Request) -> Response:
+        self._metrics.http_cpu.set(time.thread_time())
         return Response(self._metrics.text(), media_type=CONTENT_TYPE)
 
     async def _models(self, request: Request) -> Response:
@@ -136,7 +143,8 @@ class Front:
             raise ModelNotFound(request.model)
         if self.draining or self._in_flight + request.n > self._in_flight_limit:
             why = "is shutting down" if self.draining else f"has {self._in_flight} sequences in flight, its limit"
-            raise EngineUnavailable(f"The worker {why}; try again.", retry_after_s=RETRY_AFTER_S)
+            after_s = RETRY_AFTER_S if self.draining else self._scheduler.retry_after_s(request.n)
+            raise EngineUnavailable(f"The worker {why}; try again.", retry_after_s=after_s)
         mailbox = Mailbox()
         generation = Generation(request, mailbox.put)
         reply = Reply(f"cmpl-{uuid.uuid4().hex}", request)

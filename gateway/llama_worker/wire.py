@@ -21,6 +21,7 @@ from gateway.llama_worker.scoring import Score
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_IDS = 256
+MAX_SALT = 256
 DONE = b"data: [DONE]\n\n"
 
 
@@ -45,6 +46,7 @@ class Completion:
     prompt_logprobs: int | None
     stream: bool
     include_usage: bool
+    cache_salt: str = ""  # prompts share computed prefixes with those of the same salt only
 
 
 @dataclass
@@ -109,6 +111,7 @@ def parse_completion(fields: dict[str, Any], limits: Limits) -> Completion:
         prompt_logprobs=prompt_logprobs,
         stream=stream,
         include_usage=_include_usage(fields.get("stream_options")),
+        cache_salt=_cache_salt(fields.get("cache_salt")),
     )
 
 
@@ -136,13 +139,12 @@ class Reply:
         """One SSE frame: what one sequence produced in one step."""
         return b"data: " + orjson.dumps({**self._head, "choices": [self._choice(choice)]}) + b"\n\n"
 
-    def usage_frame(self, completion_tokens: int) -> bytes:
+    def usage_frame(self, completion_tokens: int, cached_tokens: int) -> bytes:
         """The frame before `[DONE]` when usage was asked for."""
-        return (
-            b"data: " + orjson.dumps({**self._head, "choices": [], "usage": self._usage(completion_tokens)}) + b"\n\n"
-        )
+        usage = self._usage(completion_tokens, cached_tokens)
+        return b"data: " + orjson.dumps({**self._head, "choices": [], "usage": usage}) + b"\n\n"
 
-    def body(self, choices: Sequence[Choice], prompt_scores: list[Score] | None) -> bytes:
+    def body(self, choices: Sequence[Choice], prompt_scores: list[Score] | None, cached_tokens: int) -> bytes:
         """The whole unary response."""
         listed = []
         for choice in choices:
@@ -150,7 +152,7 @@ class Reply:
             entry["prompt_token_ids"] = self._request.prompt_ids
             entry["prompt_logprobs"] = None if prompt_scores is None else [None, *map(_prompt_entry, prompt_scores)]
             listed.append(entry)
-        usage = self._usage(sum(len(choice.ids) for choice in choices))
+        usage = self._usage(sum(len(choice.ids) for choice in choices), cached_tokens)
         return orjson.dumps({**self._head, "choices": listed, "usage": usage})
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
@@ -163,13 +165,13 @@ class Reply:
             "token_ids": choice.ids,
         }
 
-    def _usage(self, completion_tokens: int) -> dict[str, Any]:
+    def _usage(self, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
         prompt_tokens = len(self._request.prompt_ids)
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": cached_tokens},
         }
 
 
@@ -287,6 +289,15 @@ def _text(fields: dict[str, Any], name: str) -> str:
     value = fields.get(name)
     if not isinstance(value, str) or not value:
         raise RequestError(f"{name} is {_show(value)}; it must be a string that is not empty.", param=name)
+    return value
+
+
+def _cache_salt(value: object) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str) or not value or len(value) > MAX_SALT:
+        rule = f"it must be a string of 1 to {MAX_SALT} characters"
+        raise RequestError(f"cache_salt is {_show(value)}; {rule}.", param="cache_salt")
     return value
 
 
