@@ -37,7 +37,6 @@ class Decoder:
         self._metrics = metrics
         self._turns = turns
         self._first_after_change: tuple[int, float] | None = None  # rows and seconds of a decode step
-        self.native_cpu_s = 0.0  # CPU time of this thread inside llama.cpp
 
     def prompt(self, generation: Generation, ids: list[int], wanted: list[bool]) -> Floats:
         """Computes the next rows of a prompt; the logits of the wanted ones. NativeError."""
@@ -67,9 +66,8 @@ class Decoder:
     def _run(
         self, kind: str, ids: list[int], positions: list[int], places: list[int], wanted: list[bool]
     ) -> tuple[Floats, float]:
-        started, cpu = time.perf_counter(), time.thread_time()
+        started = time.perf_counter()
         logits = self._context.decode(ids, positions, places, wanted)
-        self.native_cpu_s += time.thread_time() - cpu
         seconds = time.perf_counter() - started
         self._metrics.step_seconds[kind].observe(seconds)
         return logits, seconds

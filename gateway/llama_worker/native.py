@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +159,8 @@ class Context:
             raise NativeError(f"llama.cpp cannot make a context of {size}: {model._log.take_errors()}")
         self._memory = llama.llama_get_memory(self.pointer)
         self.adapter: Adapter | None = None  # of the next decode
+        self.native_cpu_s = 0.0  # CPU time of the calling thread in decode, save and restore
+        self._logits: tuple[int, Floats] | None = None  # llama.cpp's buffer and where it was
         self._allocate_batch(size.batch)
         self.context = int(llama.llama_n_ctx_seq(self.pointer))
 
@@ -174,14 +177,15 @@ class Context:
         self._sequences[:count] = sequences
         self._wanted[:count] = wanted
         self._batch.n_tokens = count
+        before = time.thread_time()
         status = llama.llama_decode(self.pointer, self._batch)
+        self.native_cpu_s += time.thread_time() - before
         if status:
             raise NativeError(f"llama_decode returned {status}: {self._model._log.take_errors()}")
         rows = int(np.count_nonzero(self._wanted[:count]))
         if not rows:
             return np.empty((0, self._model.vocab_size), dtype=np.float32)
-        buffer = llama.llama_get_logits(self.pointer)
-        return np.ctypeslib.as_array(buffer, shape=(rows, self._model.vocab_size))
+        return self._buffer()[:rows]
 
     def use_adapter(self, adapter: Adapter | None) -> None:
         """Makes the next decodes run under `adapter`, or under the base alone."""
@@ -206,15 +210,21 @@ class Context:
 
     def save(self, sequence: int) -> Bytes:
         """The KV of a sequence as llama.cpp writes it: as large as the positions in use."""
+        before = time.thread_time()
         size = llama.llama_state_seq_get_size(self.pointer, sequence)
         blob = np.empty(size, dtype=np.uint8)
-        if not size or llama.llama_state_seq_get_data(self.pointer, _pointer(blob), size, sequence) != size:
+        written = llama.llama_state_seq_get_data(self.pointer, _pointer(blob), size, sequence)
+        self.native_cpu_s += time.thread_time() - before
+        if not size or written != size:
             raise NativeError(f"llama.cpp cannot write out sequence {sequence}: {self._model._log.take_errors()}")
         return blob
 
     def restore(self, sequence: int, blob: Bytes) -> None:
         """Replaces the KV of a sequence by what `save` gave, of this or of another sequence."""
-        if llama.llama_state_seq_set_data(self.pointer, _pointer(blob), len(blob), sequence) != len(blob):
+        before = time.thread_time()
+        read = llama.llama_state_seq_set_data(self.pointer, _pointer(blob), len(blob), sequence)
+        self.native_cpu_s += time.thread_time() - before
+        if read != len(blob):
             self.clear(sequence)
             raise NativeError(f"llama.cpp cannot read back sequence {sequence}: {self._model._log.take_errors()}")
 
@@ -223,6 +233,14 @@ class Context:
         if self.pointer:
             llama.llama_free(self.pointer)
             self.pointer = None
+
+    def _buffer(self) -> Floats:
+        pointer = llama.llama_get_logits(self.pointer)
+        address = ctypes.addressof(pointer.contents)
+        if self._logits is None or self._logits[0] != address:  # llama.cpp moves it when more rows are asked for
+            rows = max(self.size.batch, self.size.sequences)
+            self._logits = address, np.ctypeslib.as_array(pointer, shape=(rows, self._model.vocab_size))
+        return self._logits[1]
 
     def _allocate_batch(self, size: int) -> None:
         # The C struct points into numpy arrays that we fill: no per-token ctypes call in the loop.

@@ -210,7 +210,9 @@ class Scheduler:
         groups = list(dict.fromkeys([*(each.group for each in self._filling), *self._running.groups]))
         if not groups:
             return
-        group = self._turns.next(groups)
+        before, group = self._turns.current, self._turns.next(groups)
+        if group != before:
+            self._metrics.turns.inc()
         try:
             done = self._filling.compute_chunk(group)
             if done is not None:
@@ -303,7 +305,7 @@ class Scheduler:
         self._metrics.adapters_in_memory.set(self._adapters.in_memory)
 
     def _flush(self) -> None:
-        self._metrics.loop_cpu.set(time.thread_time() - self._decoder.native_cpu_s)
+        self._metrics.loop_cpu.set(time.thread_time() - self._context.native_cpu_s)
         self._metrics.running.set(self._places.taken)
         self._metrics.waiting.set(len(self._waiting))
         if self._events:

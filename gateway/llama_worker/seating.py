@@ -69,6 +69,6 @@ class Seating:
         while seat + after + 1 < self.count and self._groups[seat + after + 1] is None:
             after += 1
         if own:
-            return (-own, -(before + after), seat)
+            return (-own, 0 if seat and left == group else 1, seat)  # every group grows to the right: they meet late
         everything_free = self.free == self.count
         return (0, 0 if everything_free else -min(before, after) * 2 - before - after, seat)

@@ -21,7 +21,7 @@ class Turns:
     """Round robin over groups that appear and disappear. A group is a number: 0 is the base."""
 
     def __init__(self) -> None:
-        self._current = -1
+        self.current = -1
         self._line: list[int] = []  # in the order of their next turn
         self._since = 0.0
         self._change_s = FIRST_GUESS_S
@@ -36,13 +36,13 @@ class Turns:
         now = time.monotonic() if now is None else now
         self._line = [group for group in self._line if group in groups]
         self._line += [group for group in groups if group not in self._line]
-        if self._current in groups and (len(groups) == 1 or now - self._since < self.length_s):
-            return self._current
-        if self._current in self._line:  # to the end of the line
-            self._line.remove(self._current)
-            self._line.append(self._current)
-        self._current, self._since = self._line[0], now
-        return self._current
+        if self.current in groups and (len(groups) == 1 or now - self._since < self.length_s):
+            return self.current
+        if self.current in self._line:  # to the end of the line
+            self._line.remove(self.current)
+            self._line.append(self.current)
+        self.current, self._since = self._line[0], now
+        return self.current
 
     def changed(self, first_step_s: float, next_step_s: float) -> None:
         """Learns what a change costs: a group's first step of a turn against its second, of the same size."""

@@ -97,7 +97,7 @@ async def _stream(server: Server, request: bytes) -> tuple[float, float]:
 
 def check_reply(server: Server, vocab_size: int) -> str | None:
     """What is wrong with a reply of `server`, if anything: it must have as many tokens as asked."""
-    ask = asks(Row(1, 0, "none"), 0, vocab_size)[0]
+    ask = asks(Row(1, 0, "none"), -2, vocab_size)[0]  # not a prompt of the rounds: they must be cold
     frames = asyncio.run(_frames(server, encode(server, ask)))
     last = json.loads(frames[-1])
     counted = last.get("tokens_predicted", len(frames))
