@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 BODY_LIMIT_BYTES = 8 * 2**20
 RETRY_AFTER_S = 1
-SILENCE_S = 60  # of the decode loop while it has work: longer than any one step, a chunk of a large model included
+SILENCE_S = 60.0  # of the decode loop while it has work: longer than any one step, a chunk of a large model included
 
 
 class Front:
@@ -57,6 +57,7 @@ class Front:
         key: str,
         version: dict[str, Any],
         max_queue: int,
+        silence_s: float = SILENCE_S,
     ) -> None:
         self._scheduler = scheduler
         self._adapters = adapters
@@ -66,6 +67,7 @@ class Front:
         self._version = version
         self._in_flight = 0  # choices asked for and not yet answered; touched on the loop only
         self._in_flight_limit = limits.max_num_seqs + max_queue
+        self._silence_s = silence_s
         self._started_at = int(time.time())
         self.draining = False
         routes = [
@@ -84,10 +86,9 @@ class Front:
         if self.draining:
             raise EngineUnavailable("The worker is shutting down.", retry_after_s=RETRY_AFTER_S)
         silent_s = self._scheduler.heartbeat.silent_s()
-        if silent_s > SILENCE_S:
-            raise EngineUnavailable(
-                f"The decode loop has made no progress for {silent_s:.0f} s.", retry_after_s=SILENCE_S
-            )
+        if silent_s > self._silence_s:
+            why = f"The decode loop has made no progress for {silent_s:.0f} s."
+            raise EngineUnavailable(why, retry_after_s=RETRY_AFTER_S)
         return PlainTextResponse("ok")
 
     async def _show_version(self, request: Request) -> Response:

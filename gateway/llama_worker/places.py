@@ -15,6 +15,7 @@ class Places:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._seating = Seating(context.size.sequences)
+        self.given_back = 0  # since the start
         self._torn = False  # a group may have a gap: somebody has come or gone
 
     @property
@@ -36,6 +37,7 @@ class Places:
         """Empties a place and frees it."""
         self._context.clear(place)
         self._seating.leave(place)
+        self.given_back += 1
         self._torn = True
 
     def save(self, place: int) -> Bytes:

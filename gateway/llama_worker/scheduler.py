@@ -68,8 +68,9 @@ class Scheduler:
         self._unloading: list[tuple[Registered, Reply]] = []
         self._failures = 0
         self._stop_at: float | None = None
-        self._place_freed_at = time.monotonic()
-        self._place_every_s = 1.0  # a place has become free so often of late
+        self._counted = 0  # places that were free again at the last look
+        self._counted_at = time.monotonic()
+        self._place_every_s = 1.0  # one has become free so often of late
         self.heartbeat = Heartbeat()
         metrics.kv_capacity.set(context.context * context.size.sequences)
 
@@ -102,8 +103,8 @@ class Scheduler:
 
     def retry_after_s(self, ahead: int) -> int:
         """When a request behind `ahead` others may find room, at the pace of late. For any thread."""
-        silence_s = time.monotonic() - self._place_freed_at
-        expected_s = max(self._place_every_s, silence_s) * max(1, ahead)
+        since_s = time.monotonic() - self._counted_at
+        expected_s = max(self._place_every_s, since_s) * max(1, ahead)
         return max(1, min(LONGEST_RETRY_AFTER_S, math.ceil(expected_s)))
 
     def run(self) -> None:
@@ -304,7 +305,16 @@ class Scheduler:
         self._metrics.adapters.set(len(self._adapters.names()))
         self._metrics.adapters_in_memory.set(self._adapters.in_memory)
 
+    def _pace(self) -> None:
+        """Keeps the mean time from one freed place to the next while there are requests in the queue."""
+        freed, now = self._places.given_back - self._counted, time.monotonic()
+        if freed and self._waiting:
+            self._place_every_s += MEMORY * ((now - self._counted_at) / freed - self._place_every_s)
+        if freed or not self._waiting:
+            self._counted, self._counted_at = self._places.given_back, now
+
     def _flush(self) -> None:
+        self._pace()
         self._metrics.loop_cpu.set(time.thread_time() - self._context.native_cpu_s)
         self._metrics.running.set(self._places.taken)
         self._metrics.waiting.set(len(self._waiting))
