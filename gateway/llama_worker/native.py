@@ -204,6 +204,10 @@ class Context:
         """Forgets the KV of a sequence."""
         llama.llama_memory_seq_rm(self._memory, sequence, -1, -1)
 
+    def length(self, sequence: int) -> int:
+        """How many positions of a sequence have KV."""
+        return int(llama.llama_memory_seq_pos_max(self._memory, sequence)) + 1
+
     def truncate(self, sequence: int, length: int) -> None:
         """Forgets the KV of a sequence from position `length` on."""
         llama.llama_memory_seq_rm(self._memory, sequence, length, -1)

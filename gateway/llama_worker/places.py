@@ -28,6 +28,11 @@ class Places:
         """How many are in use."""
         return self._seating.count - self._seating.free
 
+    @property
+    def positions_used(self) -> int:
+        """Of the context's KV, over all places, those that are free included."""
+        return sum(self._context.length(place) for place in range(self._seating.count))
+
     def take(self, group: int, count: int) -> list[int]:
         """So many places beside those of `group`; there must be as many."""
         self._torn = True

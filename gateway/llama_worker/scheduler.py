@@ -317,6 +317,7 @@ class Scheduler:
         self._pace()
         self._metrics.loop_cpu.set(time.thread_time() - self._context.native_cpu_s)
         self._metrics.running.set(self._places.taken)
+        self._metrics.kv_positions.set(self._places.positions_used)
         self._metrics.waiting.set(len(self._waiting))
         if self._events:
             events, self._events = self._events, []
