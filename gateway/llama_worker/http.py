@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 
 BODY_LIMIT_BYTES = 8 * 2**20
 RETRY_AFTER_S = 1
+SILENCE_S = 60.0  # of the decode loop while it has work: longer than any one step, a chunk of a large model included
 
 
 class Front:
@@ -67,9 +68,9 @@ class Front:
         key: str,
         version: dict[str, Any],
         max_queue: int,
-        compiler: Compiler,
         vocabulary: NativeVocabulary,
         embedder: Embedder,
+        silence_s: float = SILENCE_S,
     ) -> None:
         self._scheduler = scheduler
         self._adapters = adapters
@@ -77,11 +78,12 @@ class Front:
         self._limits = limits
         self._served_name = served_name
         self._version = version
-        self._compiler = compiler
+        self._compiler = Compiler(vocabulary.pieces)
         self._vocabulary = vocabulary
         self._embedder = embedder
         self._in_flight = 0  # choices asked for and not yet answered; touched on the loop only
         self._in_flight_limit = limits.max_num_seqs + max_queue
+        self._silence_s = silence_s
         self._started_at = int(time.time())
         self.draining = False
         routes = [
@@ -102,12 +104,17 @@ class Front:
     async def _health(self, request: Request) -> Response:
         if self.draining:
             raise EngineUnavailable("The worker is shutting down.", retry_after_s=RETRY_AFTER_S)
+        silent_s = self._scheduler.heartbeat.silent_s()
+        if silent_s > self._silence_s:
+            why = f"The decode loop has made no progress for {silent_s:.0f} s."
+            raise EngineUnavailable(why, retry_after_s=RETRY_AFTER_S)
         return PlainTextResponse("ok")
 
     async def _show_version(self, request: Request) -> Response:
         return _json(self._version)
 
     async def _show_metrics(self, request: Request) -> Response:
+        self._metrics.http_cpu.set(time.thread_time())
         return Response(self._metrics.text(), media_type=CONTENT_TYPE)
 
     async def _models(self, request: Request) -> Response:
@@ -194,7 +201,8 @@ class Front:
         request = await self._with_structure(request)
         if self.draining or self._in_flight + request.n > self._in_flight_limit:
             why = "is shutting down" if self.draining else f"has {self._in_flight} sequences in flight, its limit"
-            raise EngineUnavailable(f"The worker {why}; try again.", retry_after_s=RETRY_AFTER_S)
+            after_s = RETRY_AFTER_S if self.draining else self._scheduler.retry_after_s(request.n)
+            raise EngineUnavailable(f"The worker {why}; try again.", retry_after_s=after_s)
         mailbox = Mailbox()
         generation = Generation(request, mailbox.put)
         reply = Reply(f"cmpl-{uuid.uuid4().hex}", request)

@@ -22,6 +22,7 @@ from gateway.llama_worker.structured.compiler import Wish, read_wish
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_IDS = 256
+MAX_SALT = 256
 DONE = b"data: [DONE]\n\n"
 
 
@@ -38,6 +39,7 @@ class Completion:
     stream: bool
     include_usage: bool
     wish: Wish | None = None  # what the text is to look like; compiled, it is `sampling.structure`
+    cache_salt: str = ""  # prompts share computed prefixes with those of the same salt only
 
 
 @dataclass
@@ -92,6 +94,7 @@ def parse_completion(fields: dict[str, Any], limits: Limits) -> Completion:
         stream=stream,
         include_usage=_include_usage(fields.get("stream_options")),
         wish=read_wish(fields.get("structured_outputs")),
+        cache_salt=_cache_salt(fields.get("cache_salt")),
     )
 
 
@@ -119,13 +122,12 @@ class Reply:
         """One SSE frame: what one sequence produced in one step."""
         return b"data: " + orjson.dumps({**self._head, "choices": [self._choice(choice)]}) + b"\n\n"
 
-    def usage_frame(self, completion_tokens: int) -> bytes:
+    def usage_frame(self, completion_tokens: int, cached_tokens: int) -> bytes:
         """The frame before `[DONE]` when usage was asked for."""
-        return (
-            b"data: " + orjson.dumps({**self._head, "choices": [], "usage": self._usage(completion_tokens)}) + b"\n\n"
-        )
+        usage = self._usage(completion_tokens, cached_tokens)
+        return b"data: " + orjson.dumps({**self._head, "choices": [], "usage": usage}) + b"\n\n"
 
-    def body(self, choices: Sequence[Choice], prompt_scores: list[Score] | None) -> bytes:
+    def body(self, choices: Sequence[Choice], prompt_scores: list[Score] | None, cached_tokens: int) -> bytes:
         """The whole unary response."""
         listed = []
         for choice in choices:
@@ -133,7 +135,7 @@ class Reply:
             entry["prompt_token_ids"] = self._request.prompt_ids
             entry["prompt_logprobs"] = None if prompt_scores is None else [None, *map(_prompt_entry, prompt_scores)]
             listed.append(entry)
-        usage = self._usage(sum(len(choice.ids) for choice in choices))
+        usage = self._usage(sum(len(choice.ids) for choice in choices), cached_tokens)
         return orjson.dumps({**self._head, "choices": listed, "usage": usage})
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
@@ -146,13 +148,13 @@ class Reply:
             "token_ids": choice.ids,
         }
 
-    def _usage(self, completion_tokens: int) -> dict[str, Any]:
+    def _usage(self, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
         prompt_tokens = len(self._request.prompt_ids)
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": cached_tokens},
         }
 
 
@@ -214,6 +216,15 @@ def _seed(fields: dict[str, Any]) -> int | None:
     if type(value) is not int or not -(2**63) <= value < 2**64:
         raise RequestError(f"seed is {show(value)}; it must be a 64-bit integer.", param="seed")
     return value % 2**64
+
+
+def _cache_salt(value: object) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str) or not value or len(value) > MAX_SALT:
+        rule = f"it must be a string of 1 to {MAX_SALT} characters"
+        raise RequestError(f"cache_salt is {show(value)}; {rule}.", param="cache_salt")
+    return value
 
 
 def _include_usage(options: object) -> bool:
