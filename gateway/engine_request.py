@@ -59,18 +59,14 @@ class Sampling(Protocol):
     def structured(self) -> Structured | None: ...
 
 
-def engine_body(
-    served: Served, ids: list[int], sampling: Sampling, told: Mapping[str, Any], *, stream: bool, param: str
-) -> dict[str, Any]:
-    """The body for the engine; `told` is what that says of itself (/version), `param` the client's name of the prompt.
+def engine_body(served: Served, ids: list[int], sampling: Sampling, *, stream: bool, param: str) -> dict[str, Any]:
+    """The body for the engine; `param` is the client's name of the prompt.
 
     Every sampling field is said, since an engine's defaults are its own (vLLM's max_tokens is 16). Raises RequestError.
     """
     vocab_size = served.bundle.tokenizer.vocab_size
     _check_ids(map(int, sampling.logit_bias), vocab_size, "logit_bias")
     _check_ids(sampling.stop_token_ids, vocab_size, "stop_token_ids")
-    if sampling.structured is not None:
-        _check_structured(served, sampling.structured, told)
     max_tokens = _room(served, ids, sampling.max_tokens, param)
     stop_ids = () if sampling.ignore_eos else served.bundle.stop_ids
     body: dict[str, Any] = {
@@ -96,13 +92,22 @@ def engine_body(
         "skip_special_tokens": False,
         "cache_salt": served.cache_salt,
     }
-    if sampling.structured is not None:
-        body["structured_outputs"] = {sampling.structured.kind: sampling.structured.value}
     if sampling.logit_bias:
         body["logit_bias"] = sampling.logit_bias
     if stream:
         body["stream_options"] = {"include_usage": True}
     return body
+
+
+def structured_field(structured: Structured, base: str, told: Mapping[str, Any]) -> dict[str, Any]:
+    """`structured_outputs` of the dialect. RequestError where the engine has told (/version) that it cannot do this."""
+    if told.get("kind") == "llama" and structured.kind not in (told.get("structured_outputs") or ()):
+        raise RequestError(
+            f"'{structured.param}': the engine of '{base}' cannot hold a reply to {structured.kind}; leave it out, "
+            "or restart the engine if it is older than this server",
+            param=structured.param,
+        )
+    return {structured.kind: structured.value}
 
 
 def _room(served: Served, ids: list[int], wanted: int | None, param: str) -> int:
@@ -125,13 +130,3 @@ def _check_ids(ids: Iterable[int], vocab_size: int, param: str) -> None:
             raise RequestError(
                 f"'{param}' holds the token id {token_id}, and the model has {vocab_size} tokens", param=param
             )
-
-
-def _check_structured(served: Served, structured: Structured, told: Mapping[str, Any]) -> None:
-    """Raises where the engine has said what it can hold a reply to, and this is not among it."""
-    if told.get("kind") == "llama" and structured.kind not in (told.get("structured_outputs") or ()):
-        raise RequestError(
-            f"'{structured.param}': the engine of '{served.base}' cannot hold a reply to {structured.kind}; leave it out, "
-            "or restart the engine if it is older than this server",
-            param=structured.param,
-        )

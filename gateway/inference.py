@@ -12,9 +12,9 @@ from gateway.chat.calls import CallDelta
 from gateway.chat.conversation import Message, Options, RenderError
 from gateway.chat.parse import Part, ReplyReader
 from gateway.chat.render import Prompt, render_prompt, render_quickly
-from gateway.chat.speech import NO_TOOLS, ToolUse, call_opening, text_opening
+from gateway.chat.speech import NO_TOOLS, ToolUse, call_opening, opens_json, text_opening
 from gateway.embedding import Embeddings, embed
-from gateway.engine_request import Sampling, engine_body
+from gateway.engine_request import Sampling, Structured, engine_body, structured_field
 from gateway.engines.catalog import Catalog, Served
 from gateway.engines.client import EngineStream
 from gateway.errors import EngineError, RateLimited, RequestError
@@ -66,8 +66,12 @@ class Inference:
         stream: bool,
         tool_use: ToolUse = NO_TOOLS,
         options: Options | None = None,
+        arguments: Structured | None = None,
     ) -> Generation:
-        """A reply to `messages`. Raises ModelNotFound, RequestError, ContextLengthExceeded, EngineUnavailable."""
+        """A reply to `messages`. Raises ModelNotFound, RequestError, ContextLengthExceeded, EngineUnavailable.
+
+        `arguments` is what those of the one forced call are held to, where the template writes them as JSON.
+        """
         served = self._catalog.resolve(model)
         bundle = served.bundle
         if tool_use.tools and bundle.speech.tool_calls is None:
@@ -93,7 +97,10 @@ class Inference:
 
         by_text = bool(sampling.stops) or bool(bundle.stop_strings) or tool_use.single
         ids = [*prompt.ids, *begun] if begun else prompt.ids
-        return await self._generate(served, ids, sampling, reader, stream=stream or by_text, param="messages")
+        structured = arguments if tool_use.forced and opens_json(bundle.speech) else sampling.structured
+        return await self._generate(
+            served, ids, sampling, reader, stream=stream or by_text, param="messages", structured=structured
+        )
 
     async def complete(
         self, model: str, prompt: str | list[int], sampling: Sampling, *, stream: bool, score_prompt: bool = False
@@ -124,7 +131,14 @@ class Inference:
         scored = len(ids) if isinstance(prompt, list) else len(ids) - len(tokenizer.prefix_ids)
         stream = (stream or bool(sampling.stops)) and not score_prompt
         return await self._generate(
-            served, ids, sampling, reader, stream=stream, param="prompt", scored=scored if score_prompt else 0
+            served,
+            ids,
+            sampling,
+            reader,
+            stream=stream,
+            param="prompt",
+            structured=sampling.structured,
+            scored=scored if score_prompt else 0,
         )
 
     async def embed(self, model: str, inputs: Sequence[str | list[int]]) -> Embeddings:
@@ -154,12 +168,15 @@ class Inference:
         *,
         stream: bool,
         param: str,
+        structured: Structured | None,
         scored: int = 0,
     ) -> Generation:
         if self.in_flight >= self._limit:
             raise RateLimited(f"{self._limit} requests are being answered; try again shortly", retry_after_s=1)
-        told = self._catalog.base(served.base).engine.version if sampling.structured is not None else {}
-        body = engine_body(served, ids, sampling, told, stream=stream, param=param)
+        body = engine_body(served, ids, sampling, stream=stream, param=param)
+        if structured is not None:
+            told = self._catalog.base(served.base).engine.version
+            body["structured_outputs"] = structured_field(structured, served.base, told)
         if scored:
             body["prompt_logprobs"] = sampling.logprobs or 0
         readers = [reader() for _ in range(sampling.n)]
@@ -169,7 +186,9 @@ class Inference:
         except BaseException:
             self.in_flight -= 1
             raise
-        return Generation(self, served.bundle, events, readers, sampling, prompt_ids=ids, scored=scored)
+        return Generation(
+            self, served.bundle, events, readers, sampling, prompt_ids=ids, structured=structured, scored=scored
+        )
 
     def _ended(self) -> None:
         self.in_flight -= 1
@@ -187,6 +206,7 @@ class Generation:
         sampling: Sampling,
         *,
         prompt_ids: list[int],
+        structured: Structured | None,
         scored: int = 0,
     ) -> None:
         """`scored`: how many of the prompt's last ids have log-probabilities to come."""
@@ -195,7 +215,7 @@ class Generation:
         self._stop_ids = frozenset(bundle.stop_ids)
         self._client_stops = frozenset(sampling.stop_token_ids)
         self._logprobs = sampling.logprobs
-        self._structured = sampling.structured
+        self._structured = structured
         self._scored = scored
         self._live = True
         self._cut = False  # a stop string ended a choice: the engine does not know and would go on

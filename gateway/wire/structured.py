@@ -82,7 +82,18 @@ def _response_format(raw: Any) -> Structured | None:
     strict = fields.boolean({strict_name: described.get("strict")}, strict_name)
     if schema is None and not strict:
         return Structured("json_object", True, "response_format")
-    return Structured("json", _Checker(name, bool(strict)).checked(schema), "response_format")
+    checker = _Checker(f"response_format '{name}'", "response_format", bool(strict))
+    return Structured("json", checker.checked(schema), "response_format")
+
+
+def strict_parameters(function: Mapping[str, Any], where: str) -> Structured | None:
+    """What a call of a function is held to: its parameters where it is `strict`. `where` is the function's own name."""
+    if not function.get("strict"):
+        return None
+    param = f"{where}.parameters"
+    schema = function.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
+    checked = _Checker(f"function '{function['name']}'", param, True).checked(schema)
+    return Structured("json", checked, param)
 
 
 def _extension(raw: Any) -> Structured | None:
@@ -108,8 +119,8 @@ def _extension(raw: Any) -> Structured | None:
 class _Checker:
     """Walks a schema once; `checked` gives it as it goes to the engine."""
 
-    def __init__(self, name: str, strict: bool) -> None:
-        self._name, self._strict = name, strict
+    def __init__(self, name: str, param: str, strict: bool) -> None:
+        self._name, self._param, self._strict = name, param, strict
         self._parts = self._properties = 0
 
     def checked(self, schema: Any) -> dict[str, Any]:
@@ -194,8 +205,8 @@ class _Checker:
             raise self._error((), f"it has more than {_MAX_PROPERTIES} properties")
 
     def _error(self, path: tuple[str, ...], why: str) -> RequestError:
-        message = f"Invalid schema for response_format '{self._name}': In context={path!r}, {why}."
-        return RequestError(message[:1000], param="response_format")
+        message = f"Invalid schema for {self._name}: In context={path!r}, {why}."
+        return RequestError(message[:1000], param=self._param)
 
 
 def _simplified(schema: dict[str, Any]) -> dict[str, Any]:
