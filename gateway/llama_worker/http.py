@@ -13,6 +13,7 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -80,6 +81,7 @@ class Front:
         self._version = version
         self._compiler = Compiler(vocabulary.pieces)
         self._vocabulary = vocabulary
+        self._pool = ThreadPoolExecutor(1, "texts")
         self._embedder = embedder
         self._in_flight = 0  # choices asked for and not yet answered; touched on the loop only
         self._in_flight_limit = limits.max_num_seqs + max_queue
@@ -163,13 +165,13 @@ class Front:
 
     async def _tokenize(self, request: Request) -> Response:
         asked = parse_tokenize(parse_body(await _read_body(request.receive)))
-        ids = await asyncio.to_thread(self._vocabulary.tokenize, asked.prompt, asked.add_special_tokens)
+        ids = await self._aside(self._vocabulary.tokenize, asked.prompt, asked.add_special_tokens)
         spelled = [self._vocabulary.piece(token, special=True) for token in ids] if asked.return_token_strs else None
         return Response(tokenize_body(ids, spelled, self._limits), media_type="application/json")
 
     async def _detokenize(self, request: Request) -> Response:
         ids = parse_detokenize(parse_body(await _read_body(request.receive)), self._limits)
-        return _json({"prompt": await asyncio.to_thread(self._vocabulary.detokenize, ids)})
+        return _json({"prompt": await self._aside(self._vocabulary.detokenize, ids)})
 
     async def _load(self, request: Request) -> Response:
         name, path = parse_adapter(parse_body(await _read_body(request.receive)))
@@ -218,12 +220,16 @@ class Front:
             watcher.cancel()
             self._scheduler.cancel(generation)  # does nothing to one that is over
 
+    async def _aside(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """What may take longer than other requests should wait."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
+
     async def _with_structure(self, request: Completion) -> Completion:
         if request.wish is None:
             return request
         structure = self._compiler.known(request.wish)
         if structure is None:
-            structure = await asyncio.to_thread(self._compiler.compile, request.wish)
+            structure = await self._aside(self._compiler.compile, request.wish)
         return replace(request, sampling=replace(request.sampling, structure=structure))
 
 

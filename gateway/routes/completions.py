@@ -12,6 +12,7 @@ from dataclasses import replace
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from gateway.errors import RequestError
 from gateway.inference import Delta, Generation, Inference, TokenLogprob
 from gateway.routes.body import parse_json, read_body
 from gateway.routes.reply import DONE, Departure, new_id, send_events, send_json
@@ -41,7 +42,12 @@ class Completions:
                 if request.stream:
                     await send_events(send, _events(request, generations, echoes))
                 else:
-                    body = await _whole(request, generations, echoes)
+                    try:
+                        body = await _whole(request, generations, echoes)
+                    except RequestError as error:
+                        if error.param == "n" and request.best_of > request.sampling.n:
+                            error.param = "best_of"  # which is what the engine was asked for as its n
+                        raise
                     if not departure.gone:
                         await send_json(send, body)
             finally:

@@ -136,7 +136,7 @@ def test_the_best_of_several_is_the_likeliest_of_them(server: Server) -> None:
     assert best.usage == all_of_them.usage
     silent = client.completions.create(**{**asked, "logprobs": None}, best_of=4)
     assert (silent.choices[0].text, silent.choices[0].logprobs) == (ranked[0].text, None)
-    for wrong in ({"best_of": 1, "n": 2}, {"best_of": 3, "stream": True}):
+    for wrong in ({"best_of": 1, "n": 2}, {"best_of": 3, "stream": True}, {"best_of": 100}):
         check_error(post(server, "/completions", json={**asked, **wrong}), 400, param="best_of")
 
 

@@ -70,6 +70,8 @@ def client(worker: RunningWorker, order: random.Random, until: float) -> None:
             "temperature": order.choice([0, 1.0]),
             "cache_salt": order.choice(["one", "two"]),
         }
+        if order.random() < 0.2:
+            fields["structured_outputs"] = {"regex": f"[a-z]{{{order.randrange(1, 60)}}} é?"}
         what = order.random()
         if what < 0.3:
             with hanging_request(worker, **{**fields, "max_tokens": 200, "ignore_eos": True}):

@@ -12,7 +12,7 @@ from gateway.llama_worker.structured.gbnf import Grammar, GrammarError
 DEAD = 0  # the state with no stacks
 EMPTY = 0  # the stack with nothing on it: the text is whole
 MAX_STACKS = 512  # in one state: more means that the grammar reads the same text in ever more ways
-MAX_NUMBERED = 50_000  # stacks and edges kept; past that, the automaton is rebuilt from the state it is in
+MAX_KEPT = 100_000  # numbers kept in all tables; past that, the automaton is rebuilt from the state it is in
 
 
 class GrammarTooCostly(GrammarError):
@@ -39,7 +39,7 @@ class Automaton:
         self._stacks: list[tuple[int, ...]] = [()]
         self._state_numbers: dict[tuple[int, ...], int] = {(): DEAD}
         self._edges: list[dict[int, int]] = [{}]
-        self._edge_count = 0
+        self._kept = 0
         self.start = self._state(set(self._closure(self._push(grammar.start, EMPTY))))
 
     def step(self, state: int, byte: int) -> int:
@@ -47,7 +47,7 @@ class Automaton:
         following = self._edges[state].get(byte)
         if following is None:
             following = self._edges[state][byte] = self._compute(state, byte)
-            self._edge_count += 1
+            self._kept += 1
         return following
 
     def run(self, state: int, data: bytes) -> tuple[int, int]:
@@ -91,7 +91,7 @@ class Automaton:
     @property
     def full(self) -> bool:
         """Whether it remembers so much that `rebuilt` should replace it."""
-        return len(self._tops) + self._edge_count > MAX_NUMBERED
+        return self._kept > MAX_KEPT
 
     def rebuilt(self, state: int) -> tuple[Automaton, int]:
         """A fresh automaton that knows `state` alone, and that state in it."""
@@ -139,6 +139,7 @@ class Automaton:
                     seen.add(expanded)
                     todo.append(expanded)
         closure = self._closures[stack] = tuple(found)
+        self._kept += len(found)
         return closure
 
     def _push(self, position: int, rest: int) -> int:
@@ -149,6 +150,7 @@ class Automaton:
             number = self._stack_numbers[position, rest] = len(self._tops)
             self._tops.append(position)
             self._rests.append(rest)
+            self._kept += 1
         return number
 
     def _state(self, stacks: set[int]) -> int:
@@ -161,6 +163,7 @@ class Automaton:
             number = self._state_numbers[key] = len(self._stacks)
             self._stacks.append(key)
             self._edges.append({})
+            self._kept += len(key)
         return number
 
     def _count(self, work: int) -> None:
