@@ -32,12 +32,14 @@ def serve(
     """Serve the API until SIGTERM or Ctrl-C; ready when /readyz answers 200."""
     from gateway.app import create_app  # the other commands start without it
     from gateway.store.datadir import DataDir
+    from gateway.templates import settings_entries
 
     try:
         settings = load_settings(config, os.environ, {"host": host, "port": port, "data": data})
         logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         for talkative in ("httpx", "alembic"):
             logging.getLogger(talkative).setLevel(logging.WARNING)
+        settings_entries(settings.templates)
         data_dir = DataDir.open(settings.data_dir)
     except (SettingsError, ValueError) as error:
         typer.echo(f"tunegate: {error}", err=True)
@@ -64,6 +66,34 @@ def serve(
     finally:
         data_dir.close()
     if not server.started:
+        raise typer.Exit(1)
+
+
+@cli.command()
+def preview(
+    file: Annotated[Path, typer.Argument(help="A training file (JSON lines).", exists=True, dir_okay=False)],
+    model: Annotated[str, typer.Option(help="A base, an alias of one, or the folder of a prepared base.")],
+    base_url: Annotated[str, typer.Option(help="The server to ask.")] = "http://127.0.0.1:8000",
+    limit: Annotated[int, typer.Option(help="How many lines to show; all are counted.", min=0, max=1000)] = 20,
+    data: Annotated[Path | None, typer.Option(help="A data folder, to preview without a server.")] = None,
+) -> None:
+    """Show what a training file trains, line by line, and its problems. Ends with 1 when a job on it would fail."""
+    from rich.console import Console
+
+    from gateway.errors import TunegateError
+    from gateway.terminal import draw_preview, fetch_preview, is_usable, make_preview
+
+    base = data / "bases" / model if data else Path(model)
+    try:
+        if data or (base / "base.json").is_file():
+            found = make_preview(file, base, limit)
+        else:
+            found = fetch_preview(file, model, limit, base_url)
+    except TunegateError as error:
+        typer.echo(f"tunegate: {error}", err=True)
+        raise typer.Exit(2) from error
+    draw_preview(Console(highlight=False), found)
+    if not is_usable(found):
         raise typer.Exit(1)
 
 

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.errors import BodyTooLarge, Forbidden, MethodNotAllowed, Misdirected, NotFound, RequestError, TunegateError
 from gateway.house import House
-from gateway.routes import chat, completions, files, fine_tuning, health, models
+from gateway.routes import chat, completions, embeddings, files, fine_tuning, health, models, preview, templates
 from gateway.routes.body import ClientLeft
 from gateway.settings import Settings
 from gateway.store.datadir import DataDir
@@ -32,9 +32,12 @@ logger = logging.getLogger("tunegate")
 ROUTES = [
     *chat.routes,
     *completions.routes,
+    *embeddings.routes,
     *models.routes,
     *files.routes,
     *fine_tuning.routes,
+    *preview.routes,
+    *templates.routes,
     *health.routes,
 ]
 
@@ -49,6 +52,7 @@ def create_app(settings: Settings, data_dir: DataDir) -> Starlette:
             app.state.data_dir, app.state.store, app.state.blobs = house.data_dir, house.store, house.blobs
             app.state.catalog, app.state.inference = house.catalog, house.inference
             app.state.supervisor = house.supervisor
+            app.state.templates, app.state.previews = house.templates, house.previews
             yield
 
     return Starlette(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import sys
@@ -28,7 +29,7 @@ from gateway.jobdir import read_json, write_json
 SOURCE_FILE = "source.json"
 LOCK_PREFIX = ".lock-"
 LOCK_TIMEOUT_S = 1800.0
-SOURCE_PATTERNS = ("*.safetensors", "*.json", "tokenizer.model", "*.gguf")
+SOURCE_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.tiktoken", "*.gguf", "chat_template.jinja")
 KEPT_LINES = 20
 LINE_LIMIT_BYTES = 1 << 20
 
@@ -48,18 +49,24 @@ class PreparedBase:
 
 
 async def prepare(
-    name: str, source: Path, template: str, out: Path, on_progress: Callable[[str], None] | None = None
+    name: str,
+    source: Path,
+    template: str,
+    out: Path,
+    on_progress: Callable[[str], None] | None = None,
+    recipe: dict[str, Any] | None = None,
 ) -> PreparedBase:
     """The base `name` prepared in `out`, made from `source` unless it was already, from the same files, by this version.
 
-    `on_progress` gets the lines that the preparation writes. SettingsError when the source cannot be prepared.
+    `template` is a built-in name, "model" for the one that the model brings, or any name with its `recipe`, {"kind",
+    "source"}. `on_progress` gets the lines that the preparation writes. SettingsError when the source cannot be prepared.
     """
     wanted = await asyncio.to_thread(_fingerprint, name, source, template)
     if not await asyncio.to_thread(_is_current, out, wanted):
         lock = await asyncio.to_thread(_lock, out)
         try:
             await asyncio.to_thread(_sweep, out)
-            await _run(name, source, template, out, on_progress or (lambda line: None), lock)
+            await _run(name, source, template, out, on_progress or (lambda line: None), lock, recipe)
             await asyncio.to_thread(write_json, out / SOURCE_FILE, wanted)
         finally:
             os.close(lock)
@@ -108,20 +115,29 @@ def _is_current(out: Path, wanted: dict[str, Any]) -> bool:
 
 
 async def _run(
-    name: str, source: Path, template: str, out: Path, on_progress: Callable[[str], None], lock: int
+    name: str,
+    source: Path,
+    template: str,
+    out: Path,
+    on_progress: Callable[[str], None],
+    lock: int,
+    recipe: dict[str, Any] | None,
 ) -> None:
     process = await asyncio.create_subprocess_exec(
         *_command(name, source, template, out),
-        stdin=asyncio.subprocess.DEVNULL,
+        *([] if recipe is None else ["--recipe", "-"]),
+        stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
         limit=LINE_LIMIT_BYTES,
         pass_fds=(lock,),  # it holds the lock too: should this gateway be killed, the next one waits for the end of it
         cwd=Path(gateway.__file__).parent.parent,
     )
-    assert process.stdout is not None
+    assert process.stdout is not None and process.stdin is not None
     lines: list[str] = []
     try:
+        process.stdin.write(b"" if recipe is None else json.dumps(recipe).encode())
+        process.stdin.close()
         async for raw in process.stdout:
             if line := raw.decode(errors="replace").strip():
                 lines = [*lines[1 - KEPT_LINES :], line]

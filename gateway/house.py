@@ -22,6 +22,7 @@ from gateway.engines.client import Deadlines
 from gateway.engines.engine import Engine
 from gateway.errors import EngineUnavailable, TunegateError
 from gateway.inference import Inference
+from gateway.jobs.preview import Previews
 from gateway.jobs.supervisor import Supervisor
 from gateway.settings import BaseSettings, Settings
 from gateway.store import models as model_statements
@@ -30,6 +31,7 @@ from gateway.store.database import Store
 from gateway.store.datadir import DataDir
 from gateway.store.models import ModelRow
 from gateway.store.sweep import sweep_all
+from gateway.templates import Templates
 
 logger = logging.getLogger("tunegate")
 
@@ -44,6 +46,8 @@ class House:
         self.catalog = Catalog(Deadlines(limits.first_token_s, limits.between_tokens_s))
         self.inference = Inference(self.catalog, limits.requests_in_flight)
         self.blobs = Blobs(data_dir.blobs)
+        self.templates = Templates(settings.templates, self.catalog)
+        self.previews = Previews()
         self._engines: dict[str, Engine] = {}
         self._bundles: dict[str, Bundle] = {}
         self._starting: list[asyncio.Task[None]] = []
@@ -51,6 +55,7 @@ class House:
     async def __aenter__(self) -> Self:
         self.store = await asyncio.to_thread(Store.open, self.data_dir.database)
         await sweep_all(self.store, self.blobs)
+        await self.templates.open(self.store)
         self.supervisor = Supervisor(self.store, self.blobs, self.data_dir, self.settings, self.catalog, self.engine)
         for name, base in self.settings.bases.items():
             self._starting.append(asyncio.create_task(self._start_base(name, base), name=f"start {name}"))
@@ -64,6 +69,7 @@ class House:
             task.cancel()
         await asyncio.gather(*self._starting, return_exceptions=True)
         await self.supervisor.stop()
+        self.templates.close()
         self.catalog.close()
         await asyncio.gather(*(engine.stop() for engine in self._engines.values()))
         await asyncio.to_thread(self.store.close)
@@ -79,13 +85,15 @@ class House:
         try:
             began = time.monotonic()
             folder = self.data_dir.bases / name
-            prepared = await prepare(name, Path(settings.path), settings.template, folder, logger.info)
+            template = self.templates.recipe(settings.template)
+            prepared = await prepare(name, Path(settings.path), settings.template, folder, logger.info, template)
             bundle = await self._bundle(prepared.path)
             aliases = [alias for alias, target in self.settings.aliases.items() if target == name]
             context = min(settings.context_length or prepared.context_length, prepared.context_length)
             created_at = int((prepared.path / "base.json").stat().st_mtime)
             engine = await self._make_engine(name, settings, prepared)
-            self.catalog.add_base(Base(name, bundle, engine, name, context, created_at, prepared), aliases)
+            base = Base(name, bundle, engine, name, context, created_at, prepared)
+            await self.templates.add_base(base, aliases, settings.options)
             for row in await self.store.read(lambda connection: model_statements.of_base(connection, name)):
                 await self.publish(row)
             if isinstance(engine, Engine):

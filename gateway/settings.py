@@ -29,11 +29,35 @@ class BaseSettings(Section, frozen=True):
 
     path: str
     template: str = "vicuna_v1.1"
+    options: dict[str, Any] = {}  # render options, over the template's own
     context_length: int | None = None  # None: what the model's config says
     max_seqs: int = 8  # sequences in one batch
     threads: int | None = None  # None: all processors
     engine_url: str | None = None  # an engine that already runs, http://HOST:PORT, instead of a spawned worker
     engine_key: str | None = None
+
+
+class TemplateSettings(Section, frozen=True):
+    """A chat template: `jinja`, or the fields of a fastchat Conversation."""
+
+    jinja: str | None = None  # the text, or the path of a file that holds it
+    tokens: dict[str, str] = {}  # bos_token, eos_token, … as the Jinja text names them; the model's own where not given
+    options: dict[str, Any] = {}  # further variables of the Jinja text
+    system_template: str | None = None
+    system_message: str | None = None
+    roles: tuple[str, str] | None = None
+    messages: list[tuple[str, str]] | None = None  # turns that stand in every prompt
+    sep_style: str | int | None = None
+    sep: str | None = None
+    sep2: str | None = None
+    stop_str: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    override: bool = False  # replaces a built-in template on purpose
+
+    def fastchat_fields(self) -> dict[str, Any]:
+        """The fields of a fastchat Conversation that are set."""
+        names = set(self.__struct_fields__) - {"jinja", "tokens", "options", "override"}
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 class JobSettings(Section, frozen=True):
@@ -61,6 +85,7 @@ class Settings(Section, frozen=True):
     log_level: str = "info"
     bases: dict[str, BaseSettings] = {}
     aliases: dict[str, str] = {}
+    templates: dict[str, TemplateSettings] = {}
     jobs: JobSettings = JobSettings()
     limits: LimitSettings = LimitSettings()
 
@@ -99,7 +124,7 @@ def _add_environment(raw: dict[str, Any], environ: Mapping[str, str]) -> None:
     for section, struct in sections.items():
         for field in msgspec.structs.fields(struct):
             name = f"TUNEGATE_{section + '_' if section else ''}{field.name}".upper()
-            if name in environ and field.name not in {"bases", "aliases", *tables}:
+            if name in environ and field.name not in {"bases", "aliases", "templates", *tables}:
                 target = raw.setdefault(section, {}) if section else raw
                 target[field.name] = _scalar(environ[name], str(field.type), name)
 
@@ -120,7 +145,8 @@ def _complete(settings: Settings, config: Path | None) -> Settings:
         if not name or len(name) > 200:
             raise SettingsError(f"[bases.{name!r}]: a name has 1 to 200 characters")
         path = (folder / Path(base.path).expanduser()).resolve()
-        bases[name] = msgspec.structs.replace(base, path=str(path))
+        bases[name] = msgspec.structs.replace(base, path=str(path), options=_plain(base.options))
+    templates = {name: _complete_template(name, found, folder) for name, found in settings.templates.items()}
     for alias, target in settings.aliases.items():
         if target not in bases:
             raise SettingsError(
@@ -134,7 +160,38 @@ def _complete(settings: Settings, config: Path | None) -> Settings:
             "keep 127.0.0.1 and reach it through `ssh -L 8000:127.0.0.1:8000 THIS_MACHINE`"
         )
     data = settings.data or os.path.join(os.environ.get("XDG_DATA_HOME") or "~/.local/share", "tunegate")
-    return msgspec.structs.replace(settings, bases=bases, data=data)
+    return msgspec.structs.replace(settings, bases=bases, data=data, templates=templates)
+
+
+def _complete_template(name: str, settings: TemplateSettings, folder: Path) -> TemplateSettings:
+    """With the Jinja text in place of the path it may stand for."""
+    fields = settings.fastchat_fields()
+    if settings.jinja is None:
+        if settings.tokens or settings.options or not fields:
+            raise SettingsError(
+                f"[templates.{name}] needs `jinja`, a chat template or the path of one, or the fields of a fastchat "
+                "template (system_template, roles, sep_style, sep, …)"
+            )
+        return settings
+    if fields:
+        raise SettingsError(f"[templates.{name}] has both `jinja` and `{min(fields)}`; a template is one or the other")
+    text = settings.jinja
+    if "{" not in text and "\n" not in text:
+        text = _read_template(name, (folder / Path(text).expanduser()).resolve())
+    return msgspec.structs.replace(settings, jinja=text, options=_plain(settings.options))
+
+
+def _read_template(name: str, path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"[templates.{name}]: cannot read the chat template {path}: {error}") from error
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """As JSON has it: a TOML date becomes the text YYYY-MM-DD."""
+    plain: dict[str, Any] = msgspec.to_builtins(options)
+    return plain
 
 
 def _is_loopback(host: str) -> bool:

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.server import Server
+
+# How fast examples are drawn says how busy the machine is, and nothing of the code.
+settings.register_profile("tunegate", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tunegate")
 
 ALIAS = "gpt-4o-mini-2024-07-18"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from gateway.settings import BaseSettings, JobSettings, LimitSettings, Settings
+from gateway.settings import BaseSettings, JobSettings, LimitSettings, Settings, TemplateSettings
 from tests.server import Server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +25,8 @@ def code_blocks(language: str) -> list[str]:
 
 def setting_names() -> set[str]:
     """Every setting as the README's headings name it."""
-    tables = {"": Settings, "bases.NAME.": BaseSettings, "jobs.": JobSettings, "limits.": LimitSettings}
+    tables = {"": Settings, "bases.NAME.": BaseSettings, "templates.NAME.": TemplateSettings}
+    tables |= {"jobs.": JobSettings, "limits.": LimitSettings}
     return {prefix + field.name for prefix, table in tables.items() for field in msgspec.structs.fields(table)}
 
 

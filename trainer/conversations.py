@@ -6,33 +6,47 @@ name, never dropped.
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass, field
 from typing import Any
 
-from gateway.chat.conversation import Message, Role
+from gateway.chat.conversation import Message, Role, ToolCall
 
-_ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_TOOL_ROLES = ("tool", "function")
-_TOOL_FIELDS = ("tool_calls", "function_call", "tool_call_id")
-_NO_TOOLS = "this template cannot render tools yet; leave such examples out"
+_ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "function": "tool",
+}
+_NAME_LENGTH = 64
 
 
 class BadExample(ValueError):
     """An example that cannot be trained on: what was found, the rule, the fix."""
 
 
-def parse_example(value: Any) -> list[Message]:
-    """The messages of one example. Raises BadExample."""
+@dataclass(frozen=True)
+class Example:
+    """One conversation to learn from. `tools` are those that the model is offered in it, as OpenAI writes them."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] = field(default_factory=list)
+
+
+def parse_example(value: Any) -> Example:
+    """One line of a training file. Raises BadExample."""
     if not isinstance(value, dict):
         raise BadExample(f"is {_kind(value)}; each line must be a JSON object with a list 'messages'")
-    for field in ("tools", "functions"):
-        if value.get(field):
-            raise BadExample(f"has '{field}': {_NO_TOOLS}")
     messages = value.get("messages")
     if messages is None:
         raise BadExample(f"has no 'messages' (its keys are {_listed(value)}); each line must have a list 'messages'")
     if not isinstance(messages, list) or not messages:
         raise BadExample(f"'messages' is {_kind(messages)}; it must be a list with at least one message")
-    parsed = [_message(number, message) for number, message in enumerate(messages, start=1)]
+    parsed: list[Message] = []
+    for number, message in enumerate(messages, start=1):
+        parsed.append(_message(number, message, parsed))
     if not any(message.role == "assistant" for message in parsed):
         raise BadExample("has no assistant message; each example must end with the reply to learn")
     if parsed[-1].role != "assistant":
@@ -41,25 +55,106 @@ def parse_example(value: Any) -> list[Message]:
         )
     if all(message.weight == 0 for message in parsed if message.role == "assistant"):
         raise BadExample("all assistant messages have the weight 0; at least one must have the weight 1 or none")
-    return parsed
+    return Example(parsed, _tools(value))
 
 
-def _message(number: int, value: Any) -> Message:
+def _tools(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """`tools`, or the older `functions`."""
+    tools, functions = value.get("tools") or [], value.get("functions") or []
+    for name, listed in (("tools", tools), ("functions", functions)):
+        if not isinstance(listed, list):
+            raise BadExample(f"'{name}' is {_kind(listed)}; it must be a list")
+    whole = [*tools, *({"type": "function", "function": function} for function in functions)]
+    for number, tool in enumerate(whole, start=1):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or tool.get("type") != "function":
+            raise BadExample(f'tool {number} must be {{"type": "function", "function": {{…}}}}, not {_shown(tool)}')
+        if not isinstance(function.get("name"), str) or not 0 < len(function["name"]) <= _NAME_LENGTH:
+            raise BadExample(f"tool {number} has the name {_shown(function.get('name'))}; it must be a function's name")
+    return whole
+
+
+def _message(number: int, value: Any, before: list[Message]) -> Message:
     where = f"message {number}"
     if not isinstance(value, dict):
         raise BadExample(f"{where} is {_kind(value)}; it must be an object with 'role' and 'content'")
     role = value.get("role")
-    if isinstance(role, str) and role in _TOOL_ROLES:
-        raise BadExample(f"{where} has the role '{role}': {_NO_TOOLS}")
     if not isinstance(role, str) or role not in _ROLES:
-        raise BadExample(f"{where} has the role {_shown(role)}; it must be one of system, user, assistant")
-    for field in _TOOL_FIELDS:
-        if value.get(field):
-            raise BadExample(f"{where} has '{field}': {_NO_TOOLS}")
+        raise BadExample(f"{where} has the role {_shown(role)}; it must be one of system, user, assistant, tool")
+    calls = _calls(where, role, value, before)
     content = _content(where, value.get("content"))
-    if not content and role not in ("system", "developer"):
+    if not content and not calls and _ROLES[role] not in ("system", "tool"):
         raise BadExample(f"{where}, from the {role}, has no content; write the text or leave the message out")
-    return Message(_ROLES[role], content, _weight(where, role, value.get("weight")))
+    return Message(
+        _ROLES[role],
+        content,
+        _weight(where, role, value.get("weight")),
+        calls,
+        _answered(where, role, value, before),
+        _optional_text(where, value, "name"),
+        _optional_text(where, value, "reasoning_content"),
+    )
+
+
+def _calls(where: str, role: str, value: dict[str, Any], before: list[Message]) -> tuple[ToolCall, ...]:
+    """`tool_calls`, or the older `function_call`, which has no id and gets one."""
+    listed, older = value.get("tool_calls") or [], value.get("function_call")
+    if not listed and not older:
+        return ()
+    if role != "assistant":
+        raise BadExample(f"{where}, from the {role}, has a tool call; only assistant messages may have one")
+    if not isinstance(listed, list):
+        raise BadExample(f"{where}: 'tool_calls' is {_kind(listed)}; it must be a list")
+    if older:
+        listed = [*listed, {"id": _older_id(before), "type": "function", "function": older}]
+    return tuple(_call(f"{where}, tool call {number}", call) for number, call in enumerate(listed, start=1))
+
+
+def _call(where: str, value: Any) -> ToolCall:
+    function = value.get("function") if isinstance(value, dict) else None
+    if not isinstance(function, dict) or value.get("type", "function") != "function":
+        raise BadExample(f'{where} must be an object with an id, the type "function" and a function')
+    call_id, name, arguments = value.get("id"), function.get("name"), function.get("arguments")
+    if not isinstance(call_id, str) or not call_id:
+        raise BadExample(f"{where} has the id {_shown(call_id)}; it must be a string, for a tool's answer to name")
+    if not isinstance(name, str) or not 0 < len(name) <= _NAME_LENGTH:
+        raise BadExample(f"{where} has the name {_shown(name)}; it must be a function's name")
+    if not isinstance(arguments, str):
+        raise BadExample(f"{where}: 'arguments' is {_kind(arguments)}; it must be a string of JSON")
+    try:
+        read = json.loads(arguments or "{}")
+    except ValueError as error:
+        raise BadExample(f"{where}: 'arguments' is {_shown(arguments)}, which is not JSON ({error})") from error
+    if not isinstance(read, dict):
+        raise BadExample(f"{where}: 'arguments' holds {_kind(read)}; it must hold an object")
+    return ToolCall(call_id, name, _checked(where, arguments))
+
+
+def _answered(where: str, role: str, value: dict[str, Any], before: list[Message]) -> str | None:
+    """The id of the call that a tool's message answers."""
+    if _ROLES[role] != "tool":
+        return None
+    ids = [call.id for message in before for call in message.tool_calls]
+    call_id = value.get("tool_call_id") if role == "tool" else (ids[-1] if ids else None)
+    if call_id not in ids:
+        raise BadExample(
+            f"{where} answers the tool call {_shown(call_id)}, which no message before it makes; 'tool_call_id' must be the id "
+            "of one"
+        )
+    return str(call_id)
+
+
+def _older_id(before: list[Message]) -> str:
+    return f"call{1 + sum(len(message.tool_calls) for message in before):05}"
+
+
+def _optional_text(where: str, value: dict[str, Any], name: str) -> str | None:
+    text = value.get(name)
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise BadExample(f"{where}: '{name}' is {_kind(text)}; it must be a string")
+    return _checked(where, text)
 
 
 def _content(where: str, value: Any) -> str:

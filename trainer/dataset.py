@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from gateway.chat.bundle import Bundle
 from gateway.chat.conversation import RenderError
@@ -130,13 +131,16 @@ def load_examples(path: Path, bundle: Bundle, max_length: int) -> Examples:
 def render_file(path: Path, bundle: Bundle, max_length: int) -> Iterator[list[TrainingSequence] | BadLine]:
     """Each line's sequences, or what is wrong with the line."""
     for line in read_jsonl(path):
-        if isinstance(line, BadLine):
-            yield line
-            continue
-        number, value = line
-        try:
-            sequences = render_example(bundle, parse_example(value), max_length)
-        except (BadExample, RenderError) as error:
-            yield BadLine(number, str(error))
-        else:
-            yield sequences
+        yield render_line(line, bundle, max_length)
+
+
+def render_line(line: tuple[int, Any] | BadLine, bundle: Bundle, max_length: int) -> list[TrainingSequence] | BadLine:
+    """A line as it was read → its sequences, or what is wrong with it."""
+    if isinstance(line, BadLine):
+        return line
+    number, value = line
+    try:
+        example = parse_example(value)
+        return render_example(bundle, example.messages, max_length, example.tools or None)
+    except (BadExample, RenderError) as error:
+        return BadLine(number, str(error))

@@ -1,12 +1,25 @@
-"""What a conversation is, once the wire's many forms are read away: roles and text."""
+"""What a conversation is, once the wire's many forms are read away: roles, text, and what was called."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
+Tools = Sequence[
+    Mapping[str, Any]
+]  # as OpenAI sends them: {"type": "function", "function": {"name", "description", …}}
+Options = Mapping[str, Any]  # render options: "date" (YYYY-MM-DD), and a template's own ("enable_thinking", …)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that an assistant made; `arguments` is the JSON text that it wrote."""
+
+    id: str
+    name: str
+    arguments: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +29,10 @@ class Message:
     role: Role
     content: str
     weight: int | None = None
+    tool_calls: tuple[ToolCall, ...] = ()  # of an assistant
+    tool_call_id: str | None = None  # of a tool's answer: the call that it answers
+    name: str | None = None  # the function that a tool's answer comes from, or the speaker
+    reasoning: str | None = None  # what an assistant thought before its reply
 
 
 class RenderError(ValueError):
@@ -33,7 +50,7 @@ def alternate(turns: Sequence[Message], template: str) -> list[Message]:
     merged: list[Message] = []
     for turn in turns:
         if merged and merged[-1].role == turn.role:
-            merged[-1] = Message(turn.role, f"{merged[-1].content}\n\n{turn.content}", turn.weight)
+            merged[-1] = replace(merged[-1], content=f"{merged[-1].content}\n\n{turn.content}", weight=turn.weight)
         else:
             merged.append(turn)
     if merged and merged[0].role != "user":
@@ -42,3 +59,13 @@ def alternate(turns: Sequence[Message], template: str) -> list[Message]:
             f"not from the {merged[0].role}"
         )
     return merged
+
+
+def refuse_tools(messages: Sequence[Message], tools: Tools | None, template: str) -> None:
+    """Raises RenderError when there is a tool, a call or a result, for templates that cannot write them."""
+    if tools:
+        raise RenderError(f"the template '{template}' cannot offer tools to the model; use a model whose template can")
+    for number, message in enumerate(messages):
+        if message.tool_calls or message.role == "tool":
+            what = "a tool's result" if message.role == "tool" else "a tool call"
+            raise RenderError(f"messages[{number}] holds {what}, and the template '{template}' cannot write it")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from gateway.chat.conversation import Message, merge_system
+from gateway.chat.conversation import Message, Options, Tools, merge_system, refuse_tools
 
 
 class Template(Protocol):
@@ -20,7 +20,7 @@ class Template(Protocol):
 
     @property
     def kind(self) -> str:
-        """Which class reads `source` back: "turns" or "fastchat"."""
+        """Which class reads `source` back: "turns", "fastchat" or "jinja"."""
         ...
 
     @property
@@ -30,11 +30,28 @@ class Template(Protocol):
 
     @property
     def stop(self) -> str:
-        """What ends a reply, written out: a control token's name, or plain text."""
+        """What ends a reply, written out: a control token's name, or plain text. "" where the template has no word for it."""
         ...
 
-    def text(self, messages: Sequence[Message], *, generate: bool) -> str:
-        """The conversation as text; `generate` ends it where the assistant's next reply begins."""
+    @property
+    def literal_text(self) -> str:
+        """All that the template may write of itself: added tokens named in it are control tokens for it."""
+        ...
+
+    def text(
+        self,
+        messages: Sequence[Message],
+        *,
+        generate: bool,
+        tools: Tools | None = None,
+        options: Options | None = None,
+        quick: bool = False,
+    ) -> str:
+        """The conversation as text; `generate` ends it where the assistant's next reply begins.
+
+        `options` are over those that the template comes with. `quick` raises TooLong where that takes over some milliseconds.
+        Raises RenderError when the template cannot say it.
+        """
         ...
 
     def source(self) -> dict[str, Any]:
@@ -55,8 +72,23 @@ class TurnTemplate:
     kind = "turns"
     adds_bos = False
 
-    def text(self, messages: Sequence[Message], *, generate: bool) -> str:
+    @property
+    def literal_text(self) -> str:
+        return "\0".join((self.start, self.opening, self.closing, self.stop))
+
+    def text(
+        self,
+        messages: Sequence[Message],
+        *,
+        generate: bool,
+        tools: Tools | None = None,
+        options: Options | None = None,
+        quick: bool = False,
+    ) -> str:
+        refuse_tools(messages, tools, self.name)
         system, turns = merge_system(messages)
+        if system is None and options and options.get("system"):
+            system = str(options["system"])
         if system is not None:
             turns = [Message("system", system), *turns]
         parts = [self.start]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +14,37 @@ import tokenizers
 # Noncharacters: they stand around control-token names inside a message while a template writes its text around them.
 MARK_START, MARK_END = "\ufdd0", "\ufdd1"
 _utf8_decoder = codecs.getincrementaldecoder("utf-8")
-_MARKED = re.compile(f"{MARK_START}(.*?){MARK_END}", re.DOTALL)
+_HIDDEN = "\ufdd5"  # takes a control token's place in a vocabulary that must not know it
+
+
+class Controls:
+    """The tokens that a conversation's own words must never become."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = tuple(sorted(set(names), key=lambda name: (-len(name), name)))
+        self._any = re.compile("|".join(map(re.escape, self.names)) or "(?!)")
+
+    def mark(self, text: str) -> str:
+        """`text` with marks around each control token's name in it, so that `Tokenizer.encode` takes those as characters."""
+        if MARK_START in text or MARK_END in text:  # nobody marks but us
+            text = text.replace(MARK_START, "").replace(MARK_END, "")
+        if not self._any.search(text):
+            return text
+        return self._any.sub(f"{MARK_START}\\g<0>{MARK_END}", text)
+
+    def mark_all(self, value: Any) -> Any:
+        """The same for every text in a JSON value, keys too."""
+        if isinstance(value, str):
+            return self.mark(value)
+        if isinstance(value, Mapping):
+            return {self.mark(str(key)): self.mark_all(held) for key, held in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.mark_all(held) for held in value]
+        return value
+
+    def find(self, text: str) -> list[tuple[str, int]]:
+        """The control tokens that stand in `text` unmarked, each with where it begins."""
+        return [(m[0], m.start()) for m in self._any.finditer(text) if text[m.start() - 1 : m.start()] != MARK_START]
 
 
 class Tokenizer:
@@ -28,48 +59,62 @@ class Tokenizer:
             raise ValueError(f"not a tokenizer.json: {error}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        special = [token for token in self._json.get("added_tokens", []) if token.get("special")]
-        self.control_ids: dict[str, int] = {token["content"]: token["id"] for token in special}
+        added = self._json.get("added_tokens", [])
+        self.added_ids: dict[str, int] = {token["content"]: token["id"] for token in added}
+        self.control_ids: dict[str, int] = {t["content"]: t["id"] for t in added if t.get("special")}
         self.control_id_set = frozenset(self.control_ids.values())
-        longest_first = sorted(self.control_ids, key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self.controls = Controls(self.control_ids)
+        names = "|".join(map(re.escape, sorted(self.added_ids, key=len, reverse=True))) or "(?!)"
+        self._marked = re.compile(f"{MARK_START}({names}){MARK_END}|[{MARK_START}{MARK_END}]")
         self._is_byte_level = _reads_byte_level(self._json.get("decoder"))
         self._bytes: dict[int, bytes] = {}  # filled as tokens are met
-        self.prefix_ids: list[int] = self._tokenizer.encode("", add_special_tokens=True).ids
+        self.prefix_ids, self.suffix_ids = self._read_surroundings()
 
     @property
     def vocab_size(self) -> int:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
-    def first_control(self, text: str) -> str | None:
-        """The first control token named in `text`."""
-        found = self._control.search(text)
-        return found[0] if found else None
+    def id_of(self, name: str) -> int | None:
+        """The id of an added token, special or not."""
+        return self.added_ids.get(name)
+
+    def name_of(self, token_id: int) -> str | None:
+        piece = self._tokenizer.id_to_token(token_id)
+        return None if piece is None else str(piece)
+
+    def can_say(self, text: str) -> bool:
+        """Whether a text is read back from its ids as it was. (SentencePiece makes a space of "▁".)"""
+        return b"".join(map(self.token_bytes, self.encode_continuation(text))).decode(errors="replace") == text
+
+    def controls_of(self, literal_text: str) -> Controls:
+        """Special tokens, and the added ones that a template writes itself (but for whitespace, which is just text).
+
+        The same tokens that transformers' `sanitize_control_tokens` goes by.
+        """
+        named = (name for name in self.added_ids if not name.isspace() and name in literal_text)
+        return Controls((*self.control_ids, *named))
 
     def mark(self, text: str) -> str:
-        """`text` with marks around each control token's name in it, so that `encode` takes those as characters."""
-        if not self._control.search(text):
-            return text
-        text = text.replace(MARK_START, "").replace(MARK_END, "")
-        return self._control.sub(f"{MARK_START}\\g<0>{MARK_END}", text)
+        """As `Controls.mark`, for special tokens."""
+        return self.controls.mark(text)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a rendered text: control tokens by name, marked ones as plain characters. No BOS is added.
 
         Equal to transformers' `sanitize_control_tokens=True` where marks are, to its plain encoding where none are.
         """
-        if MARK_START not in text:
-            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
-        pieces = _MARKED.split(text)  # text, marked, text, marked, …, text
-        ids = list(self._tokenizer.encode(pieces[0], add_special_tokens=False).ids)
+        if MARK_START not in text and MARK_END not in text:
+            return self._ids(text)
+        pieces = self._marked.split(text)  # text, marked, text, …; None in place of a mark that lost its partner
+        ids = self._ids(pieces[0])
         for number, piece in enumerate(pieces[1:], start=1):
             if piece:
-                ids += self._encode_inside(piece, self._characters if number % 2 else self._tokenizer)
+                ids += self._encode_inside(piece, as_characters=number % 2 == 1)
         return ids
 
     def encode_continuation(self, text: str) -> list[int]:
         """Ids of a text that goes on after another: no dummy space is put before it."""
-        return self.encode(f"{MARK_START}{MARK_END}{text}")
+        return self.encode(f"{MARK_START}{text}")
 
     def incremental_decoder(self) -> codecs.IncrementalDecoder:
         """Joins the bytes of tokens to text; half a character waits, and what is no UTF-8 becomes U+FFFD."""
@@ -89,7 +134,7 @@ class Tokenizer:
         piece = self._tokenizer.id_to_token(token_id)
         if piece is None:
             return b""
-        if piece in self.control_ids:
+        if piece in self.control_ids or (self._is_byte_level and piece in self.added_ids):
             return bytes(piece, "utf-8")
         if self._is_byte_level:
             return bytes(map(_BYTE_LEVEL.__getitem__, piece)) if _BYTE_LEVEL.keys() >= set(piece) else piece.encode()
@@ -97,18 +142,68 @@ class Tokenizer:
             return bytes([int(piece[3:5], 16)])
         return bytes(piece.replace("▁", " "), "utf-8")
 
-    def _encode_inside(self, piece: str, tokenizer: tokenizers.Tokenizer) -> list[int]:
+    def _read_surroundings(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before any text and after it."""
+        bare = self._tokenizer.encode("x", add_special_tokens=False).ids
+        whole = self._tokenizer.encode("x", add_special_tokens=True).ids
+        ends = (n for n in range(len(whole) - len(bare) + 1) if whole[n : n + len(bare)] == bare)
+        start = next(ends, None)
+        return ([], []) if start is None else (list(whole[:start]), list(whole[start + len(bare) :]))
+
+    def _encode_inside(self, piece: str, *, as_characters: bool) -> list[int]:
         # After a newline, so that SentencePiece puts no dummy space before it; the newline is taken off again.
-        newline = tokenizer.encode("\n", add_special_tokens=False).ids
-        ids = list(tokenizer.encode(f"\n{piece}", add_special_tokens=False).ids)
-        if ids[: len(newline)] == newline:
-            return ids[len(newline) :]
-        return list(tokenizer.encode(piece, add_special_tokens=False).ids)
+        encode = self._character_ids if as_characters else self._ids
+        ids, newline = encode(f"\n{piece}"), self._newline
+        return ids[len(newline) :] if ids[: len(newline)] == newline else encode(piece)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _character_ids(self, text: str) -> list[int]:
+        """The tokenizer's own way without its added tokens: every control token's name is characters to it."""
+        whole, splits = self._tokenizer, [text]
+        if whole.normalizer is not None:
+            splits = [whole.normalizer.normalize_str(text)]
+        if whole.pre_tokenizer is not None:
+            splits = [split for split, _ in whole.pre_tokenizer.pre_tokenize_str(splits[0])]
+        ids = [token.id for split in splits for token in whole.model.tokenize(split)]
+        if self.control_id_set.isdisjoint(ids):
+            return ids
+        return list(self._ignorant.encode(text, add_special_tokens=False).ids)
 
     @cached_property
-    def _characters(self) -> tokenizers.Tokenizer:
-        """The same tokenizer without its added tokens: every control token's name is characters to it."""
-        return tokenizers.Tokenizer.from_str(json.dumps({**self._json, "added_tokens": [], "post_processor": None}))
+    def _newline(self) -> list[int]:
+        return self._ids("\n")
+
+    @cached_property
+    def _ignorant(self) -> tokenizers.Tokenizer:
+        """The same tokenizer over a vocabulary that has no control tokens, for the kinds that make them of characters."""
+        model = _without(self._json["model"], self.control_ids)
+        made = {**self._json, "added_tokens": [], "post_processor": None, "model": model}
+        return tokenizers.Tokenizer.from_str(json.dumps(made))
+
+
+def _without(model: dict[str, Any], names: Mapping[str, int]) -> dict[str, Any]:
+    """A tokenizer's model whose vocabulary has the ids of `names` but can make none of them of characters."""
+    vocab = model.get("vocab")
+    if isinstance(vocab, list):  # Unigram: a control token in it would be taken whole
+        shadowed = [
+            [f"{_HIDDEN}{n}", -1e9] if piece in names else [piece, score] for n, (piece, score) in enumerate(vocab)
+        ]
+        unknown = model.get("unk_id")
+        if unknown is not None:
+            shadowed[unknown] = vocab[unknown]
+        return {**model, "vocab": shadowed}
+    if not isinstance(vocab, dict) or not vocab.keys() & names.keys():
+        return model
+    kept = {model.get("unk_token")}
+    shadowed_vocab = {(f"{_HIDDEN}{i}" if p in names and p not in kept else p): i for p, i in vocab.items()}
+    merges = model.get("merges")
+    if merges is not None:
+        pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in merges]
+        # A name with one of these parts cannot be merged to the end; the parts stay.
+        model = {**model, "merges": [[a, b] for a, b in pairs if not {a, b, a + b} & names.keys()]}
+    return {**model, "vocab": shadowed_vocab}
 
 
 def _reads_byte_level(decoder: Any) -> bool:
@@ -118,7 +213,7 @@ def _reads_byte_level(decoder: Any) -> bool:
         return True
     if '"ByteFallback"' in written or '"Metaspace"' in written or "\\u2581" in written:
         return False
-    raise ValueError(f"its decoder is of a kind that is not supported yet: {written[:200]}")
+    raise ValueError(f"its decoder is of a kind that is not supported: {written[:200]}")
 
 
 def _byte_level_table() -> dict[str, int]:

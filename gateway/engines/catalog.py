@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from gateway.bases import PreparedBase
 from gateway.chat.bundle import Bundle
@@ -19,6 +19,8 @@ class ServingEngine(Protocol):
     def endpoint(self) -> Endpoint: ...
     @property
     def ready(self) -> bool: ...
+    @property
+    def version(self) -> dict[str, Any]: ...
     def serves(self, engine_name: str) -> bool: ...
 
 
@@ -90,6 +92,13 @@ class Catalog:
                 base.created_at,
                 "tunegate",
             )
+
+    def rebundle(self, name: str, bundle: Bundle) -> None:
+        """Renders a base, under all its names, through another bundle from now on; its tuned models keep theirs."""
+        self._bases[name] = replace(self._bases[name], bundle=bundle)
+        for alias, base in self._aliases.items():
+            if base == name:
+                self._served[alias] = replace(self._served[alias], bundle=bundle)
 
     def publish(self, model: TunedModel) -> None:
         """Serves a tuned model that an engine has loaded and verified."""

@@ -47,15 +47,15 @@ class EngineClient:
         self._deadlines = deadlines
         self._idle: list[_Connection] = []
 
-    async def stream(self, body: dict[str, Any]) -> EngineStream:
-        """Starts `POST /v1/completions` and returns its stream before anything came back.
+    async def stream(self, body: dict[str, Any], path: str = "/v1/completions") -> EngineStream:
+        """Starts a POST and returns its stream before anything came back.
 
         An answer that is no event stream (`stream` false) comes as one frame.
 
         Raises EngineUnavailable when the engine cannot be reached.
         """
         endpoint = self._endpoint()
-        request = _request(endpoint, orjson.dumps(body))
+        request = _request(endpoint, path, orjson.dumps(body))
         connection, fresh = self._reuse(endpoint), False
         if connection is None:
             connection, fresh = await self._connect(endpoint), True
@@ -345,9 +345,9 @@ class _Connection(asyncio.Protocol):
         stream.on_complete()
 
 
-def _request(endpoint: Endpoint, body: bytes) -> bytes:
+def _request(endpoint: Endpoint, path: str, body: bytes) -> bytes:
     head = (
-        f"POST /v1/completions HTTP/1.1\r\nhost: {endpoint.host}:{endpoint.port}\r\n"
+        f"POST {path} HTTP/1.1\r\nhost: {endpoint.host}:{endpoint.port}\r\n"
         f"authorization: Bearer {endpoint.key}\r\ncontent-type: application/json\r\n"
         f"content-length: {len(body)}\r\n\r\n"
     )

@@ -114,6 +114,8 @@ class Worker:
         # Imported here, so that a bad command line or a crash in the proof costs nothing.
         from gateway.llama_worker.adapters import Adapters
         from gateway.llama_worker.delivery import publisher
+        from gateway.llama_worker.embedding import Embedder
+        from gateway.llama_worker.fields import Limits
         from gateway.llama_worker.filling import PROMPT_CHUNK
         from gateway.llama_worker.http import Front
         from gateway.llama_worker.metrics import Metrics
@@ -128,7 +130,8 @@ class Worker:
         )
         from gateway.llama_worker.prefix_cache import PrefixCache
         from gateway.llama_worker.scheduler import Scheduler
-        from gateway.llama_worker.wire import Limits
+        from gateway.llama_worker.structured.compiler import KINDS
+        from gateway.llama_worker.vocabulary import NativeVocabulary
 
         self._options = options
         self._listener = listener
@@ -143,6 +146,7 @@ class Worker:
         self._context = Context(self._model, size, options.threads, flash_attention)
         self._adapters = Adapters(self._model, options.served_name, options.max_adapters)
         cache = PrefixCache(options.cache_mib * 2**20 if self._model.restorable else 0)
+        self._embedder = Embedder(self._model, context, options.threads)
         self._loop = uvloop.new_event_loop()
         metrics = Metrics()
         self._scheduler = Scheduler(
@@ -156,10 +160,21 @@ class Worker:
             "mode": {"name": mode.name, "use_extra_bufts": mode.use_extra_bufts, "threads": options.threads},
             "max_model_len": context,
             "max_num_seqs": options.max_seqs,
+            "structured_outputs": list(KINDS),
+            "embedding_width": self._embedder.width if self._embedder.pooling else None,
         }
         limits = Limits(context, options.max_seqs, self._model.vocab_size)
         self._front = Front(
-            self._scheduler, self._adapters, metrics, limits, options.served_name, key, self._version, options.max_queue
+            self._scheduler,
+            self._adapters,
+            metrics,
+            limits,
+            options.served_name,
+            key,
+            self._version,
+            options.max_queue,
+            NativeVocabulary(self._model),
+            self._embedder,
         )
         self._server = uvicorn.Server(
             uvicorn.Config(
@@ -195,6 +210,7 @@ class Worker:
             os._exit(1)  # its objects may be in any state: freeing them could hang
         self._server.should_exit = True
         thread.join(timeout=DRAIN_S)
+        self._embedder.close()
         self._context.close()
         self._adapters.close()
         self._model.close()

@@ -129,6 +129,8 @@ class Running:
             finish_reason = "stop"
         elif token in sampling.stop_ids:
             finish_reason, stop_reason = "stop", token
+        elif sequence.sampler.ended:
+            finish_reason = "stop"
         elif sequence.generated >= sampling.max_tokens:
             finish_reason = "length"
         wanted = generation.request.logprobs

@@ -9,7 +9,7 @@ from typing import Any
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from gateway.inference import Delta, Generation, Inference, TokenLogprob
+from gateway.inference import CallDelta, Delta, Generation, Inference, TokenLogprob
 from gateway.routes.body import parse_json, read_body
 from gateway.routes.reply import DONE, Departure, new_id, send_events, send_json
 from gateway.wire import chat as wire
@@ -22,7 +22,14 @@ class ChatCompletions:
         state = scope["app"].state
         inference: Inference = state.inference
         request = wire.parse(parse_json(await read_body(receive, state.settings.limits.body_bytes)))
-        generation = await inference.chat(request.model, request.messages, request.sampling, stream=request.stream)
+        generation = await inference.chat(
+            request.model,
+            request.messages,
+            request.sampling,
+            stream=request.stream,
+            tool_use=request.tools.use,
+            options=request.options or None,
+        )
         departure = Departure(receive, generation.cancel)
         try:
             if request.stream:
@@ -38,10 +45,18 @@ class ChatCompletions:
 
 async def _events(request: wire.ChatRequest, generation: Generation) -> AsyncIterator[bytes]:
     write = wire.ChunkWriter(new_id("chatcmpl-"), int(time.time()), request.model, include_usage=request.include_usage)
+    spoken = None if generation.plain else _Spoken(request, write)
     started: set[int] = set()
+    if request.return_token_ids:
+        yield write.prompt_ids(generation.prompt_ids)
     async for deltas in generation.deltas():
         data = b""
         for delta in deltas:
+            if request.return_token_ids:
+                data += write.ids(delta.index, delta.token_ids)
+            if spoken is not None:
+                data += spoken.frames(delta)
+                continue
             index = delta.index
             if index not in started:
                 started.add(index)
@@ -55,26 +70,94 @@ async def _events(request: wire.ChatRequest, generation: Generation) -> AsyncIte
     yield (write.usage(_usage(generation)) if request.include_usage else b"") + DONE
 
 
+class _Spoken:
+    """Writes the frames of replies that may hold reasoning and calls: their content is null until there is some."""
+
+    def __init__(self, request: wire.ChatRequest, write: wire.ChunkWriter) -> None:
+        self._request, self._write = request, write
+        self._call = write.function_call if request.tools.older else write.call
+        self._said: dict[int, bool] = {}  # by choice: whether there was content or a call
+
+    def frames(self, delta: Delta) -> bytes:
+        write, index, data = self._write, delta.index, b""
+        if index not in self._said:
+            self._said[index] = False
+            data += write.role(index, content=b"null")
+        if delta.reasoning:
+            data += write.reasoning(index, delta.reasoning)
+        if delta.text or delta.logprobs:
+            data += write.text(index, delta.text or None, _logprobs(delta))
+        for call in delta.calls:
+            data += self._call(index, call)
+        if delta.text or delta.calls:
+            self._said[index] = True
+        if delta.finish_reason is not None:
+            if not self._said[index]:
+                data += write.text(index, "")
+            data += write.finish(index, _reason(self._request, delta.finish_reason))
+        return data
+
+
 async def _whole(request: wire.ChatRequest, generation: Generation) -> bytes:
-    n = request.sampling.n
-    texts: list[list[str]] = [[] for _ in range(n)]
-    reasons = ["stop"] * n
-    logprobs: list[list[dict[str, Any]]] = [[] for _ in range(n)]
+    replies = [_Reply() for _ in range(request.sampling.n)]
     async for deltas in generation.deltas():
         for delta in deltas:
-            texts[delta.index].append(delta.text)
-            logprobs[delta.index] += _logprobs(delta) or []
-            reasons[delta.index] = delta.finish_reason or reasons[delta.index]
+            replies[delta.index].add(delta)
     wanted = request.sampling.logprobs is not None
     choices = [
-        wire.Choice("".join(text), reason, entries if wanted else None)
-        for text, reason, entries in zip(texts, reasons, logprobs, strict=True)
+        wire.Choice(
+            "".join(reply.text),
+            _reason(request, reply.finish_reason),
+            reply.logprobs if wanted else None,
+            "".join(reply.reasoning),
+            reply.calls,
+            reply.token_ids,
+        )
+        for reply in replies
     ]
-    return wire.completion(new_id("chatcmpl-"), int(time.time()), request.model, choices, _usage(generation))
+    reply_id, created = new_id("chatcmpl-"), int(time.time())
+    usage = _usage(generation)
+    prompt_ids = generation.prompt_ids if request.return_token_ids else None
+    return wire.completion(
+        reply_id, created, request.model, choices, usage, older=request.tools.older, prompt_ids=prompt_ids
+    )
+
+
+class _Reply:
+    """The deltas of one choice, gathered."""
+
+    def __init__(self) -> None:
+        self.text: list[str] = []
+        self.reasoning: list[str] = []
+        self.calls: list[CallDelta] = []
+        self.logprobs: list[dict[str, Any]] = []
+        self.token_ids: list[int] = []
+        self.finish_reason = "stop"
+
+    def add(self, delta: Delta) -> None:
+        self.text.append(delta.text)
+        self.reasoning.append(delta.reasoning)
+        for call in delta.calls:
+            if call.name is not None:
+                self.calls.append(call)
+            else:
+                self.calls[-1].arguments += call.arguments
+        self.logprobs += _logprobs(delta) or []
+        self.token_ids += delta.token_ids
+        self.finish_reason = delta.finish_reason or self.finish_reason
+
+
+def _reason(request: wire.ChatRequest, reason: str) -> str:
+    return request.tools.finish_reason if reason == "tool_calls" else reason
 
 
 def _usage(generation: Generation) -> wire.Usage:
-    return wire.Usage(generation.prompt_tokens, generation.completion_tokens, generation.cached_tokens)
+    return wire.Usage(
+        generation.prompt_tokens,
+        generation.completion_tokens,
+        generation.cached_tokens,
+        generation.reasoning_tokens,
+    )
 
 
 def _logprobs(delta: Delta) -> list[dict[str, Any]] | None:

@@ -150,3 +150,17 @@ models = Table(
     Index("ix_models_listed", "project_id", "created_at", "seq"),
     sqlite_autoincrement=True,
 )
+
+templates = Table(
+    "templates",
+    metadata,
+    _seq(),
+    Column("name", Text, nullable=False),
+    _project(),
+    Column("created_at", BigInteger, nullable=False),
+    Column("kind", Text, nullable=False),  # jinja | fastchat
+    Column("source", Json, nullable=False),  # all that is needed to make the template again
+    UniqueConstraint("project_id", "name"),
+    Index("ix_templates_listed", "project_id", "created_at", "seq"),
+    sqlite_autoincrement=True,
+)

@@ -8,28 +8,34 @@ from typing import Any
 
 import orjson
 
+from gateway.chat.calls import CallDelta
 from gateway.chat.conversation import Message
 from gateway.errors import RequestError
 from gateway.wire import fields
 from gateway.wire.fields import Body, show
+from gateway.wire.messages import parse_messages
 from gateway.wire.sampling import SAMPLING_FIELDS, Sampling, parse_sampling, parse_stream
+from gateway.wire.tools import TOOL_FIELDS, ToolRequest, parse_tools
 
 # Hints and bookkeeping that change no answer here: taken and left alone.
 _IGNORED = frozenset(
     "metadata user store service_tier safety_identifier prompt_cache_key prompt_cache_options prompt_cache_retention "
-    "reasoning_effort verbosity prediction moderation parallel_tool_calls".split()
+    "verbosity prediction moderation".split()
 )
-_READ = frozenset("messages max_tokens max_completion_tokens logprobs top_logprobs response_format modalities".split())
+_READ = frozenset(
+    "messages max_tokens max_completion_tokens logprobs top_logprobs response_format modalities reasoning_effort "
+    "chat_template_kwargs return_token_ids".split()
+)
 # What would change the answer and cannot be done yet: refused by name unless empty.
 _REFUSED = {
-    "tools": "tools are not supported yet",
-    "functions": "functions are not supported yet",
-    "function_call": "functions are not supported yet",
     "audio": "audio output is not supported",
     "web_search_options": "web search is not supported",
 }
-_KNOWN = SAMPLING_FIELDS | _IGNORED | _READ | _REFUSED.keys() | {"tool_choice"}
-_MESSAGE_LIMIT = 10_000
+_KNOWN = SAMPLING_FIELDS | TOOL_FIELDS | _IGNORED | _READ | _REFUSED.keys()
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
+_OPTION_LIMIT = 32
+# What a template is given by the server alone.
+_NO_OPTIONS = frozenset("messages tools documents add_generation_prompt continue_final_message tokenize".split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,9 @@ class ChatRequest:
     sampling: Sampling
     stream: bool
     include_usage: bool
+    tools: ToolRequest
+    options: dict[str, Any]  # for the template, by its own names
+    return_token_ids: bool = False  # vLLM's extension: show what was sent to the engine and what it sent
 
 
 def parse(body: Body) -> ChatRequest:
@@ -52,67 +61,50 @@ def parse(body: Body) -> ChatRequest:
     older = fields.integer(body, "max_tokens", 1, 2**31)
     stream, include_usage = parse_stream(body)
     sampling = parse_sampling(body, max_tokens=most if most is not None else older, logprobs=_logprobs(body))
-    return ChatRequest(model, _messages(body), sampling, stream, include_usage)
-
-
-def _messages(body: Body) -> list[Message]:
-    raw = body.get("messages")
-    if not isinstance(raw, list) or not raw:
-        raise RequestError(f"'messages' must be a list with at least one message, not {show(raw)}", param="messages")
-    if len(raw) > _MESSAGE_LIMIT:
-        raise RequestError(f"'messages' has {len(raw)} entries; at most {_MESSAGE_LIMIT} are taken", param="messages")
-    return [_message(message, f"messages[{number}]") for number, message in enumerate(raw)]
-
-
-def _message(raw: Any, where: str) -> Message:
-    if not isinstance(raw, dict):
-        raise RequestError(f"'{where}' must be an object with role and content, not {show(raw)}", param=where)
-    role, content = raw.get("role"), raw.get("content")
-    if role == "developer":
-        role = "system"
-    if role in ("tool", "function") or raw.get("tool_calls") or raw.get("function_call"):
-        raise RequestError(f"'{where}' holds a tool call or its result; tools are not supported yet", param=where)
-    if role not in ("system", "user", "assistant"):
+    tools = parse_tools(body)
+    if tools.use.tools and sampling.structured is not None:
+        name = sampling.structured.param
         raise RequestError(
-            f"'{where}.role' must be one of system, developer, user, assistant, not {show(role)}", param=f"{where}.role"
+            f"'{name}' holds the whole reply to a form, which leaves no room for a call of one of the 'tools'; leave them "
+            'out or send "tool_choice": "none"',
+            param=name,
         )
-    if isinstance(content, str):
-        return Message(role, content)
-    if isinstance(content, list):
-        return Message(role, "".join(_part(part, f"{where}.content[{n}]") for n, part in enumerate(content)))
-    if content is None and role == "assistant" and isinstance(raw.get("refusal"), str):
-        return Message(role, raw["refusal"])
-    raise RequestError(
-        f"'{where}.content' must be a string or a list of parts, not {show(content)}", param=f"{where}.content"
-    )
-
-
-def _part(raw: Any, where: str) -> str:
-    kind = raw.get("type") if isinstance(raw, dict) else None
-    text = raw.get("text" if kind == "text" else "refusal") if isinstance(raw, dict) else None
-    if kind in ("text", "refusal") and isinstance(text, str):
-        return text
-    if kind in ("text", "refusal") or kind is None:
-        raise RequestError(f'\'{where}\' must be {{"type": "text", "text": …}}, not {show(raw)}', param=where)
-    raise RequestError(f"'{where}.type' is {show(kind)}; only text is supported", param=f"{where}.type")
+    messages, options = parse_messages(body), _options(body)
+    token_ids = bool(fields.boolean(body, "return_token_ids"))
+    return ChatRequest(model, messages, sampling, stream, include_usage, tools, options, token_ids)
 
 
 def _refuse_unsupported(body: Body) -> None:
     for name, why in _REFUSED.items():
         if body.get(name):
             raise RequestError(f"'{name}': {why}", param=name)
-    if body.get("tool_choice") not in (None, "none", "auto"):
-        raise RequestError("'tool_choice': tools are not supported yet", param="tool_choice")
     modalities = body.get("modalities")
     if modalities not in (None, ["text"]):
         raise RequestError(f"'modalities' must be [\"text\"], not {show(modalities)}", param="modalities")
-    response_format = body.get("response_format")
-    if response_format is not None and response_format != {"type": "text"}:
+
+
+def _options(body: Body) -> dict[str, Any]:
+    """`reasoning_effort`, and vLLM's `chat_template_kwargs`: variables of a template, such as enable_thinking."""
+    effort, options = body.get("reasoning_effort"), body.get("chat_template_kwargs")
+    if effort is not None and effort not in _EFFORTS:
         raise RequestError(
-            f'\'response_format\' must be {{"type": "text"}}, not {show(response_format)}: '
-            "structured outputs are not supported yet",
-            param="response_format",
+            f"'reasoning_effort' must be one of {', '.join(_EFFORTS)}, not {show(effort)}", param="reasoning_effort"
         )
+    if options is not None and (not isinstance(options, dict) or len(options) > _OPTION_LIMIT):
+        raise RequestError(
+            f"'chat_template_kwargs' must be an object of at most {_OPTION_LIMIT} options, not {show(options)}",
+            param="chat_template_kwargs",
+        )
+    for name in options or {}:
+        if name in _NO_OPTIONS or name.endswith("_token") or not name.isidentifier():
+            raise RequestError(
+                f"'chat_template_kwargs' cannot set {show(name)}: it is not an option of a template",
+                param="chat_template_kwargs",
+            )
+    read = {} if effort is None else {"reasoning_effort": effort}
+    if effort == "none":
+        read["enable_thinking"] = False
+    return read | (options or {})
 
 
 def _logprobs(body: Body) -> int | None:
@@ -128,6 +120,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:
@@ -138,7 +131,7 @@ def usage_body(usage: Usage) -> dict[str, Any]:
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens, "audio_tokens": 0},
         "completion_tokens_details": {
-            "reasoning_tokens": 0,
+            "reasoning_tokens": usage.reasoning_tokens,
             "audio_tokens": 0,
             "accepted_prediction_tokens": 0,
             "rejected_prediction_tokens": 0,
@@ -153,30 +146,62 @@ class Choice:
     text: str
     finish_reason: str
     logprobs: list[dict[str, Any]] | None
+    reasoning: str = ""
+    calls: Sequence[CallDelta] = ()  # each whole
+    token_ids: Sequence[int] = ()  # through the stop
 
 
-def completion(reply_id: str, created: int, model: str, choices: Sequence[Choice], usage: Usage) -> bytes:
-    """The `chat.completion` object."""
-    return orjson.dumps(
+def completion(
+    reply_id: str,
+    created: int,
+    model: str,
+    choices: Sequence[Choice],
+    usage: Usage,
+    *,
+    older: bool = False,
+    prompt_ids: Sequence[int] | None = None,
+) -> bytes:
+    """The `chat.completion` object. `older`: a call is told as `function_call`. With `prompt_ids` all ids are shown."""
+    shown: list[dict[str, Any]] = [
         {
-            "id": reply_id,
-            "object": "chat.completion",
-            "created": created,
-            "model": model,
-            "choices": [
-                {
-                    "index": index,
-                    "message": {"role": "assistant", "content": choice.text, "refusal": None, "annotations": []},
-                    "logprobs": None if choice.logprobs is None else {"content": choice.logprobs, "refusal": None},
-                    "finish_reason": choice.finish_reason,
-                }
-                for index, choice in enumerate(choices)
-            ],
-            "usage": usage_body(usage),
-            "service_tier": "default",
-            "system_fingerprint": None,
+            "index": index,
+            "message": _reply(choice, older=older),
+            "logprobs": None if choice.logprobs is None else {"content": choice.logprobs, "refusal": None},
+            "finish_reason": choice.finish_reason,
         }
-    )
+        for index, choice in enumerate(choices)
+    ]
+    body: dict[str, Any] = {
+        "id": reply_id,
+        "object": "chat.completion",
+        "created": created,
+        "model": model,
+        "choices": shown,
+        "usage": usage_body(usage),
+        "service_tier": "default",
+        "system_fingerprint": None,
+    }
+    if prompt_ids is not None:
+        body["prompt_token_ids"] = prompt_ids
+        for choice, whole in zip(shown, choices, strict=True):
+            choice["token_ids"] = whole.token_ids
+    return orjson.dumps(body)
+
+
+def _reply(choice: Choice, *, older: bool) -> dict[str, Any]:
+    said = choice.text if choice.text or not choice.calls else None
+    message: dict[str, Any] = {"role": "assistant", "content": said, "refusal": None, "annotations": []}
+    if choice.reasoning:
+        message["reasoning_content"] = message["reasoning"] = choice.reasoning
+    called = [{"name": call.name, "arguments": "".join(call.arguments)} for call in choice.calls]
+    if called and older:
+        message["function_call"] = called[0]
+    elif called:
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": function}
+            for call, function in zip(choice.calls, called, strict=True)
+        ]
+    return message
 
 
 class ChunkWriter:
@@ -190,12 +215,13 @@ class ChunkWriter:
         self._text_head = self._head + b'{"index":0,"delta":{"content":'
         self._text_tail = b'},"logprobs":null,"finish_reason":null}' + self._tail
 
-    def role(self, index: int) -> bytes:
-        """The first frame of a choice."""
-        delta = b',"delta":{"role":"assistant","content":"","refusal":null},"logprobs":null,"finish_reason":null}'
-        return self._head + b'{"index":%d' % index + delta + self._tail
+    def role(self, index: int, *, content: bytes = b'""') -> bytes:
+        """The first frame of a choice; `content` is null where it may have none."""
+        delta = b',"refusal":null},"logprobs":null,"finish_reason":null}'
+        role = b',"delta":{"role":"assistant","content":'
+        return self._head + b'{"index":%d' % index + role + content + delta + self._tail
 
-    def text(self, index: int, text: str, logprobs: list[dict[str, Any]] | None = None) -> bytes:
+    def text(self, index: int, text: str | None, logprobs: list[dict[str, Any]] | None = None) -> bytes:
         if index == 0 and logprobs is None:
             return self._text_head + orjson.dumps(text) + self._text_tail
         content = b"null" if logprobs is None else orjson.dumps({"content": logprobs, "refusal": None})
@@ -208,6 +234,37 @@ class ChunkWriter:
             + b',"finish_reason":null}'
             + self._tail
         )
+
+    def prompt_ids(self, ids: Sequence[int]) -> bytes:
+        """A frame of its own before all others, for a client that asked for ids."""
+        body = b'{"index":0,"delta":{},"logprobs":null,"finish_reason":null}'
+        return self._head + body + b'],"prompt_token_ids":' + orjson.dumps(ids) + self._tail[1:]
+
+    def ids(self, index: int, ids: Sequence[int]) -> bytes:
+        """A frame with the ids that the frames after it are read from."""
+        body = {"index": index, "delta": {}, "logprobs": None, "finish_reason": None, "token_ids": ids}
+        return self._head + orjson.dumps(body) + self._tail
+
+    def reasoning(self, index: int, text: str) -> bytes:
+        return self._delta(index, {"reasoning_content": text, "reasoning": text})
+
+    def call(self, index: int, call: CallDelta) -> bytes:
+        """More of a tool call: its id, type and name with the first frame only."""
+        arguments = "".join(call.arguments)
+        if call.name is None:
+            return self._delta(index, {"tool_calls": [{"index": call.index, "function": {"arguments": arguments}}]})
+        function = {"name": call.name, "arguments": arguments}
+        whole = {"index": call.index, "id": call.id, "type": "function", "function": function}
+        return self._delta(index, {"tool_calls": [whole]})
+
+    def function_call(self, index: int, call: CallDelta) -> bytes:
+        """The same, as it was told before there were tools."""
+        name = {} if call.name is None else {"name": call.name}
+        return self._delta(index, {"function_call": {**name, "arguments": "".join(call.arguments)}})
+
+    def _delta(self, index: int, delta: dict[str, Any]) -> bytes:
+        body = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return self._head + orjson.dumps(body) + self._tail
 
     def finish(self, index: int, reason: str) -> bytes:
         """The last frame of a choice."""

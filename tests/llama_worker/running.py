@@ -27,6 +27,7 @@ class RunningWorker:
 
     def __init__(self, folder: Path, model: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self.model_path = model
         self.ready_file = folder / "ready.json"
         self.log_file = folder / "log"
         key_file = folder / "key"

@@ -10,13 +10,16 @@ import httpx
 import pytest
 
 from gateway.llama_worker.adapters import Adapters
+from gateway.llama_worker.embedding import Embedder
+from gateway.llama_worker.fields import Limits
 from gateway.llama_worker.generation import Generation
 from gateway.llama_worker.http import Front
 from gateway.llama_worker.metrics import Metrics
 from gateway.llama_worker.native import Context, ContextSize, Model, NativeLog
 from gateway.llama_worker.prefix_cache import PrefixCache
 from gateway.llama_worker.scheduler import LONGEST_RETRY_AFTER_S, Scheduler
-from gateway.llama_worker.wire import Limits, parse_completion
+from gateway.llama_worker.vocabulary import NativeVocabulary
+from gateway.llama_worker.wire import parse_completion
 from tests.llama_worker.running import request
 
 pytestmark = pytest.mark.anyio
@@ -31,7 +34,8 @@ def stuck(tiny_model: Path) -> Iterator[tuple[Scheduler, Front]]:
     context = Context(model, ContextSize(64, 2, 64), threads=1)
     adapters, metrics = Adapters(model, "base", 4), Metrics()
     scheduler = Scheduler(model, context, adapters, "base", PrefixCache(0), metrics, lambda events: None)
-    yield scheduler, Front(scheduler, adapters, metrics, LIMITS, "base", "key", {}, max_queue=0, silence_s=0.05)
+    texts = NativeVocabulary(model), Embedder(model, 64, 1)
+    yield scheduler, Front(scheduler, adapters, metrics, LIMITS, "base", "key", {}, 0, *texts, silence_s=0.05)
     context.close()
     model.close()
 

@@ -67,7 +67,7 @@ def test_ids_and_labels_are_the_renderers(tiny_base: Path, tmp_path: Path) -> No
     bundle = Bundle.from_files({n: (tiny_base / n).read_bytes() for n in ("template.json", "tokenizer.json")})
     examples = load_examples(path, bundle, 256)
     for number, conversation in enumerate(conversations):
-        expected = render_example(bundle, parse_example(conversation), 256)
+        expected = render_example(bundle, parse_example(conversation).messages, 256)
         found = examples.sequences(number)
         assert [(s.ids, s.labels) for s in found] == [(s.ids, s.labels) for s in expected]
         assert any(label != IGNORED for label in found[0].labels)
@@ -86,6 +86,8 @@ def test_an_empty_file_has_no_examples(tiny_base: Path, tmp_path: Path) -> None:
     assert error is not None and error.message.startswith("Training file has 0 example(s)")
 
 
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 NESTED = b'{"messages": ' + b"[" * 10_000 + b"]" * 10_000 + b"}"
 
 
@@ -113,9 +115,33 @@ NESTED = b'{"messages": ' + b"[" * 10_000 + b"]" * 10_000 + b"}"
         ({"messages": [GOOD["messages"][0], {**REPLY, "weight": 2}]}, "message 2 has the weight 2"),
         ({"messages": [{**GOOD["messages"][0], "weight": 1}, REPLY]}, "only assistant messages may have one"),
         ({"messages": [REPLY, GOOD["messages"][0], REPLY]}, "first message"),
-        ({**GOOD, "tools": [{"type": "function"}]}, "has 'tools': this template cannot render tools yet"),
-        ({"messages": [{"role": "tool", "content": "x"}, REPLY]}, "role 'tool': this template cannot render tools yet"),
-        ({"messages": [GOOD["messages"][0], {**REPLY, "tool_calls": [{}]}]}, "message 2 has 'tool_calls'"),
+        ({**GOOD, "tools": [{"type": "function"}]}, "tool 1 must be"),
+        ({**GOOD, "tools": {}, "functions": {"x": 1}}, "'functions' is an object; it must be a list"),
+        ({**GOOD, "tools": [TOOL]}, "the template 'vicuna_v1.1' cannot offer tools to the model"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "a"}, REPLY]}, "answers the tool call 'a'"),
+        (
+            {"messages": [{**GOOD["messages"][0], "tool_calls": [CALL]}, REPLY]},
+            "message 1, from the user, has a tool call",
+        ),
+        (
+            {"messages": [GOOD["messages"][0], {**REPLY, "tool_calls": [{}]}]},
+            "message 2, tool call 1 must be an object",
+        ),
+        ({"messages": [GOOD["messages"][0], {**REPLY, "tool_calls": [{**CALL, "id": 1}]}]}, "has the id 1"),
+        (
+            {"messages": [GOOD["messages"][0], {"role": "assistant", "function_call": {"name": "f"}}]},
+            "'arguments' is null",
+        ),
+        (
+            {
+                "messages": [
+                    GOOD["messages"][0],
+                    {"role": "assistant", "function_call": {"name": "f", "arguments": "{"}},
+                ]
+            },
+            "is not JSON",
+        ),
+        ({"messages": [GOOD["messages"][0], {**REPLY, "tool_calls": [CALL]}]}, "messages[1] holds a tool call"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, REPLY]},
             "content part of type 'image_url'; only text",

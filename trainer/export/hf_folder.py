@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.export.tensors import UnsupportedModel
+from trainer.export.tokenizers import tokenizer_json_of
 
 _HEADER_LIMIT_BYTES = 100_000_000
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
@@ -46,6 +48,38 @@ class HfFolder:
     @property
     def add_bos(self) -> bool:
         return bool(self._optional_json("tokenizer_config.json").get("add_bos_token", True))
+
+    @property
+    def chat_template(self) -> str | dict[str, str]:
+        """The Jinja chat template that the model brings, in a file or in tokenizer_config.json; several by name."""
+        own = self.path / "chat_template.jinja"
+        if own.is_file():
+            return own.read_text(encoding="utf-8")
+        found = self._optional_json("tokenizer_config.json").get("chat_template")
+        if isinstance(found, list):  # several by name
+            found = {str(entry["name"]): str(entry["template"]) for entry in found}
+        if not found:
+            raise UnsupportedModel(
+                f"{self.path} brings no chat template (chat_template.jinja, or 'chat_template' in tokenizer_config.json); "
+                "name one of those that GET /v1/templates lists as the base's template"
+            )
+        return found if isinstance(found, dict) else str(found)
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The tokens that a chat template may name: bos_token, eos_token, …"""
+        found: dict[str, str] = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            for key, token in self._optional_json(name).items():
+                content = token.get("content") if isinstance(token, dict) else token
+                if key.endswith("_token") and isinstance(content, str):
+                    found[key] = content
+        return found
+
+    @cached_property
+    def tokenizer_json(self) -> bytes:
+        """The model's tokenizer in the form that is served, converted where it comes in another."""
+        return tokenizer_json_of(self.path)
 
     def read_bytes(self, name: str) -> bytes:
         path = self.path / name

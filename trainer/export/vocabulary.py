@@ -52,8 +52,8 @@ class Vocabulary:
 
 def read_vocabulary(folder: HfFolder, size: int) -> Vocabulary:
     """The vocabulary of a folder's tokenizer.model, or else of its tokenizer.json; `size` is the embedding's."""
-    tokenizer = json.loads(folder.read_bytes("tokenizer.json"))
-    if (folder.path / "tokenizer.model").is_file():
+    tokenizer = json.loads(folder.tokenizer_json)
+    if (folder.path / "tokenizer.model").is_file() and not _is_byte_level(tokenizer):  # tiktoken's has that name too
         vocabulary = _from_sentencepiece(folder.read_bytes("tokenizer.model"), size)
     else:
         vocabulary = _from_tokenizer_json(tokenizer, size)
@@ -99,7 +99,7 @@ def _kind(model: Any, index: int) -> int:
 
 def _from_tokenizer_json(tokenizer: dict[str, Any], size: int) -> Vocabulary:
     model = tokenizer["model"]
-    if model.get("type") != "BPE" or '"ByteLevel"' not in json.dumps(tokenizer.get("pre_tokenizer")):
+    if model.get("type") != "BPE" or not _is_byte_level(tokenizer):
         raise UnsupportedModel(
             "the folder has no tokenizer.model and its tokenizer.json is not a byte-level BPE; "
             "SentencePiece (tokenizer.model) and byte-level BPE tokenizers can be prepared"
@@ -111,6 +111,10 @@ def _from_tokenizer_json(tokenizer: dict[str, Any], size: int) -> Vocabulary:
         pieces[index], kinds[index] = piece, int(gguf.TokenType.NORMAL)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     return Vocabulary(_GPT2, pieces, scores, kinds, merges, add_space_prefix=False)
+
+
+def _is_byte_level(tokenizer: dict[str, Any]) -> bool:
+    return '"ByteLevel"' in json.dumps(tokenizer.get("pre_tokenizer"))
 
 
 def _place(vocabulary: Vocabulary, index: int, piece: str, kind: int | None) -> None:
