@@ -64,6 +64,7 @@ class Running:
             generation.sequences.append(sequence)
             self._groups.setdefault(generation.group, []).append(sequence)
         self._sort(generation.group)
+        self._metrics.generated_tokens.inc(len(generation.sequences))
         for sequence in list(generation.sequences):
             self._advance(sequence, logits)
 
@@ -76,6 +77,7 @@ class Running:
             [sequence.position for sequence in sequences],
             [sequence.place for sequence in sequences],
         )
+        self._metrics.generated_tokens.inc(len(sequences))
         for row, sequence in enumerate(sequences):
             sequence.position += 1
             self._advance(sequence, logits[row])
@@ -134,7 +136,6 @@ class Running:
         wanted = generation.request.logprobs
         scores = [] if wanted is None else score_rows(logits[None], [token], wanted)
         self._emit(generation, Choice(sequence.index, [token], scores, finish_reason, stop_reason))
-        self._metrics.generated_tokens.inc()
         if finish_reason:
             self._end(sequence, finish_reason)
 

@@ -35,6 +35,7 @@ Reply = Callable[[TunegateError | None], None]
 
 FAILURES_IN_A_ROW = 3  # then the process gives up: a fresh one is the better cure
 LONGEST_RETRY_AFTER_S = 60
+REPORT_EVERY_S = 0.02  # the gauges; a small model makes a thousand steps a second
 MEMORY = 0.3  # of a new measurement in a running mean
 
 
@@ -67,6 +68,7 @@ class Scheduler:
         self._errands: deque[tuple[Iterator[bool], Reply]] = deque()
         self._unloading: list[tuple[Registered, Reply]] = []
         self._failures = 0
+        self._reported_at = 0.0
         self._stop_at: float | None = None
         self._counted = 0  # places that were free again at the last look
         self._counted_at = time.monotonic()
@@ -315,10 +317,16 @@ class Scheduler:
 
     def _flush(self) -> None:
         self._pace()
+        now = time.monotonic()
+        if now - self._reported_at >= REPORT_EVERY_S or not self._busy:
+            self._reported_at = now
+            self._report()
+        if self._events:
+            events, self._events = self._events, []
+            self._publish(events)
+
+    def _report(self) -> None:
         self._metrics.loop_cpu.set(time.thread_time() - self._context.native_cpu_s)
         self._metrics.running.set(self._places.taken)
         self._metrics.kv_positions.set(self._places.positions_used)
         self._metrics.waiting.set(len(self._waiting))
-        if self._events:
-            events, self._events = self._events, []
-            self._publish(events)
