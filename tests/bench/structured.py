@@ -26,8 +26,9 @@ from gateway.errors import RequestError
 from gateway.llama_worker.native import Model, NativeLog
 from gateway.llama_worker.sampling import Sampler, Sampling
 from gateway.llama_worker.structured.constraint import Structure, Vocabulary
-from gateway.llama_worker.structured.gbnf import parse
-from gateway.llama_worker.structured.json_schema import ANY_OBJECT, schema_to_gbnf
+from gateway.llama_worker.structured.json_rules import ANY_OBJECT
+from gateway.llama_worker.structured.json_schema import schema_to_gbnf
+from gateway.llama_worker.structured.rules import parse
 from gateway.llama_worker.vocabulary import NativeVocabulary
 from tests.tiny_gguf import BYTE_TOKENS, EOS, Shape, write_tiny_gguf
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from gateway.llama_worker.sampling import Sampler, Sampling
 from gateway.llama_worker.structured.constraint import Structure, Vocabulary
-from gateway.llama_worker.structured.gbnf import parse
+from gateway.llama_worker.structured.rules import parse
 
 DRAWS = 20_000
 SPREAD = np.random.default_rng(3).normal(0, 2, 40).astype(np.float32)

@@ -19,9 +19,11 @@ from gateway.llama_worker.native import Model, NativeLog
 from gateway.llama_worker.structured.automaton import DEAD, Automaton, GrammarTooCostly
 from gateway.llama_worker.structured.compiler import Compiler, read_wish
 from gateway.llama_worker.structured.constraint import Structure, Vocabulary
-from gateway.llama_worker.structured.gbnf import GrammarError, parse
-from gateway.llama_worker.structured.json_schema import ANY_OBJECT, UnsupportedSchema, schema_to_gbnf
+from gateway.llama_worker.structured.gbnf import GrammarError
+from gateway.llama_worker.structured.json_rules import ANY_OBJECT
+from gateway.llama_worker.structured.json_schema import UnsupportedSchema, schema_to_gbnf
 from gateway.llama_worker.structured.regex import UnsupportedRegex, regex_to_gbnf
+from gateway.llama_worker.structured.rules import parse
 from gateway.llama_worker.vocabulary import NativeVocabulary
 from tests.llama_worker.words import WORDS
 from tests.tiny_gguf import EOS, write_tiny_gguf

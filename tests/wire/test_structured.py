@@ -13,9 +13,9 @@ from pydantic import BaseModel, Field
 from gateway.errors import RequestError
 from gateway.llama_worker.structured.compiler import KINDS as WORKER_KINDS
 from gateway.llama_worker.structured.compiler import read_wish
-from gateway.llama_worker.structured.gbnf import parse
-from gateway.llama_worker.structured.json_schema import FORMATS as WORKER_FORMATS
+from gateway.llama_worker.structured.json_rules import FORMATS as WORKER_FORMATS
 from gateway.llama_worker.structured.json_schema import schema_to_gbnf
+from gateway.llama_worker.structured.rules import parse
 from gateway.wire import chat, completions
 from gateway.wire.structured import FORMATS, KINDS, Structured, parse_structured
 

@@ -7,7 +7,8 @@ counted, and past the limit GrammarTooCostly ends the request instead of the pat
 
 from __future__ import annotations
 
-from gateway.llama_worker.structured.gbnf import Grammar, GrammarError
+from gateway.llama_worker.structured.gbnf import GrammarError
+from gateway.llama_worker.structured.rules import Grammar
 
 DEAD = 0  # the state with no stacks
 EMPTY = 0  # the stack with nothing on it: the text is whole

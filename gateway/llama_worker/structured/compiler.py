@@ -12,9 +12,11 @@ import orjson
 
 from gateway.errors import RequestError
 from gateway.llama_worker.structured.constraint import Structure, Vocabulary
-from gateway.llama_worker.structured.gbnf import PARAM, parse
-from gateway.llama_worker.structured.json_schema import ANY_OBJECT, schema_to_gbnf
+from gateway.llama_worker.structured.gbnf import PARAM
+from gateway.llama_worker.structured.json_rules import ANY_OBJECT
+from gateway.llama_worker.structured.json_schema import schema_to_gbnf
 from gateway.llama_worker.structured.regex import UnsupportedRegex, regex_to_gbnf
+from gateway.llama_worker.structured.rules import parse
 from gateway.llama_worker.structured.spelling import quote
 
 KEPT = 16

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gateway.llama_worker.structured.automaton import DEAD, Automaton, GrammarTooCostly
-from gateway.llama_worker.structured.gbnf import Grammar
+from gateway.llama_worker.structured.rules import Grammar
 
 Ids = npt.NDArray[np.int64]
 

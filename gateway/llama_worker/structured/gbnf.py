@@ -1,38 +1,22 @@
-"""GBNF, llama.cpp's grammar language, as rules over UTF-8 bytes. Pure.
+"""GBNF, llama.cpp's grammar language, as a tree of rules. Pure.
 
-Its rule: what comes out is finite and small, whatever went in. Size, nesting and repetition are bounded while reading, and
-left recursion is refused, so that the automaton may expand any rule without looking.
+Its rule: the text may be anybody's, so its size, nesting and repetitions are bounded while it is read, and what is wrong is
+told with its line.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from gateway.errors import RequestError
-from gateway.llama_worker.structured.utf8 import MAX_CODE_POINT, byte_chains
+from gateway.llama_worker.structured.utf8 import MAX_CODE_POINT
 
 PARAM = "structured_outputs"
 MAX_TEXT = 256 * 1024
-MAX_POSITIONS = 60_000
 MAX_NESTING = 64
 MAX_REPETITIONS = 20_000
 
 Ranges = tuple[tuple[int, int], ...]  # code points, both ends included
-
-
-@dataclass(frozen=True)
-class Grammar:
-    """Rules as a graph of positions. Position 0 is the end of an alternative.
-
-    A position takes a byte out of `masks` (bit b = byte b), or, where its mask is 0, stands for the rule
-    `rules[refs[position]]`, a tuple of positions where its alternatives begin. `following` is the position after it.
-    """
-
-    masks: list[int]
-    refs: list[int]
-    following: list[int]
-    rules: list[tuple[int, ...]]
-    start: int
 
 
 class GrammarError(RequestError):
@@ -42,52 +26,42 @@ class GrammarError(RequestError):
         super().__init__(message, param=PARAM)
 
 
-def parse(text: str, root: str = "root") -> Grammar:
-    """The grammar in `text`; GrammarError says what is wrong and on which line."""
+def read(text: str) -> dict[str, list[list[Node]]]:
+    """The rules in `text`, each as its alternatives; GrammarError says what is wrong and on which line."""
     if len(text) > MAX_TEXT:
         raise GrammarError(f"The grammar has {len(text)} characters; at most {MAX_TEXT} are taken.")
-    named = _Reader(text).rules()
-    if root not in named:
-        raise GrammarError(f"The grammar has no rule `{root}`, which is where it begins.")
-    builder = _Builder(named)
-    start = builder.reference(root)
-    grammar = Grammar(builder.masks, builder.refs, builder.following, builder.rules, start)
-    _refuse_left_recursion(grammar, builder)
-    return grammar
-
-
-# What the text says, as a tree
+    return _Reader(text).rules()
 
 
 @dataclass(frozen=True)
-class _Literal:
+class Literal:
     data: bytes
 
 
 @dataclass(frozen=True)
-class _Class:
+class Class:
     ranges: Ranges
 
 
 @dataclass(frozen=True)
-class _Reference:
+class Reference:
     name: str
     line: int
 
 
 @dataclass(frozen=True)
-class _Group:
-    alternatives: list[list[_Node]]
+class Group:
+    alternatives: list[list[Node]]
 
 
 @dataclass(frozen=True)
-class _Repeat:
-    node: _Node
+class Repeat:
+    node: Node
     least: int
     most: int | None
 
 
-_Node = _Literal | _Class | _Reference | _Group | _Repeat
+Node = Literal | Class | Reference | Group | Repeat
 _ESCAPES = {"t": 9, "r": 13, "n": 10, "\\": 92, '"': 34, "[": 91, "]": 93}
 _HEX_ESCAPES = {"x": 2, "u": 4, "U": 8}
 _REPEATS: dict[str, tuple[int, int | None]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
@@ -101,8 +75,8 @@ class _Reader:
         self._at = 0
         self._counted = (0, 1)  # up to where newlines were counted, and the line there
 
-    def rules(self) -> dict[str, list[list[_Node]]]:
-        found: dict[str, list[list[_Node]]] = {}
+    def rules(self) -> dict[str, list[list[Node]]]:
+        found: dict[str, list[list[Node]]] = {}
         self._skip(newlines=True)
         while not self._ended():
             name = self._name()
@@ -119,7 +93,7 @@ class _Reader:
             self._skip(newlines=True)
         return found
 
-    def _alternatives(self, depth: int) -> list[list[_Node]]:
+    def _alternatives(self, depth: int) -> list[list[Node]]:
         if depth > MAX_NESTING:
             raise self._error(f"parentheses are nested deeper than {MAX_NESTING}")
         found = [self._sequence(depth)]
@@ -129,8 +103,8 @@ class _Reader:
             found.append(self._sequence(depth))
         return found
 
-    def _sequence(self, depth: int) -> list[_Node]:
-        nodes: list[_Node] = []
+    def _sequence(self, depth: int) -> list[Node]:
+        nodes: list[Node] = []
         while True:
             char = self._text[self._at]
             if char == '"':
@@ -139,11 +113,11 @@ class _Reader:
                 nodes.append(self._class())
             elif char == ".":
                 self._at += 1
-                nodes.append(_Class(((0, MAX_CODE_POINT),)))
+                nodes.append(Class(((0, MAX_CODE_POINT),)))
             elif char == "(":
                 self._at += 1
                 self._skip(newlines=True)
-                nodes.append(_Group(self._alternatives(depth + 1)))
+                nodes.append(Group(self._alternatives(depth + 1)))
                 if self._text[self._at] != ")":
                     raise self._error("`)` is missing")
                 self._at += 1
@@ -151,14 +125,14 @@ class _Reader:
                 least, most = self._repetition()
                 if not nodes:
                     raise self._error(f"{char!r} has nothing before it to repeat")
-                if isinstance(nodes[-1], _Repeat):
+                if isinstance(nodes[-1], Repeat):
                     raise self._error(f"{char!r} follows another repetition; put parentheses around that")
-                nodes.append(_Repeat(nodes.pop(), least, most))
+                nodes.append(Repeat(nodes.pop(), least, most))
             elif char in "<!":
                 raise self._error("tokens by name or id (`<…>`) are not supported; write their characters")
             elif _is_word(char):
                 line = self._line()
-                nodes.append(_Reference(self._name(), line))
+                nodes.append(Reference(self._name(), line))
             else:
                 return nodes
             self._skip(newlines=depth > 0)
@@ -181,7 +155,7 @@ class _Reader:
             raise self._error(f"a repetition of at least {int(least)} and at most {upper} is impossible")
         return int(least), upper
 
-    def _literal(self) -> _Literal:
+    def _literal(self) -> Literal:
         self._at += 1
         parts = []
         while (char := self._text[self._at]) != '"':
@@ -189,11 +163,11 @@ class _Reader:
             parts.append(chr(self._code_point()))
         self._at += 1
         try:
-            return _Literal("".join(parts).encode())
+            return Literal("".join(parts).encode())
         except UnicodeEncodeError:
             raise self._error("a literal holds half a surrogate pair, which no text has") from None
 
-    def _class(self) -> _Class:
+    def _class(self) -> Class:
         self._at += 1
         negated = self._text[self._at] == "^"
         self._at += negated
@@ -207,7 +181,7 @@ class _Reader:
                 high = self._code_point()
             ranges.append((low, high))
         self._at += 1
-        return _Class(_complement(ranges) if negated else tuple(sorted(ranges)))
+        return Class(_complement(ranges) if negated else tuple(sorted(ranges)))
 
     def _code_point(self) -> int:
         char = self._text[self._at]
@@ -259,167 +233,6 @@ class _Reader:
 
     def _error(self, message: str) -> GrammarError:
         return GrammarError(f"The grammar is wrong on line {self._line()}: {message}.")
-
-
-# The tree as positions
-
-
-@dataclass
-class _Builder:
-    """Lays the named rules out; the arrays are those of `Grammar`."""
-
-    named: dict[str, list[list[_Node]]]
-    masks: list[int] = field(default_factory=lambda: [0])
-    refs: list[int] = field(default_factory=lambda: [0])
-    following: list[int] = field(default_factory=lambda: [0])
-    rules: list[tuple[int, ...]] = field(default_factory=list)
-    loops: set[int] = field(default_factory=set)  # positions where a repetition goes round
-    _numbers: dict[str, int] = field(default_factory=dict)
-    _laid: dict[tuple[int, int, int], int] = field(default_factory=dict)  # what is the same is laid once
-    _added: dict[tuple[int, ...], int] = field(default_factory=dict)
-    _classes: dict[Ranges, int] = field(default_factory=dict)
-
-    def reference(self, root: str) -> int:
-        """A position that stands for the rule `root`, everything it needs laid out."""
-        self._numbers = {name: number for number, name in enumerate(self.named)}
-        self.rules = [()] * len(self.named)
-        for name, alternatives in self.named.items():
-            self.rules[self._numbers[name]] = self._lay_all(alternatives)
-        return self._position(0, self._numbers[root], 0)
-
-    def _lay_all(self, alternatives: list[list[_Node]]) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(self._lay(nodes, 0) for nodes in alternatives))
-
-    def _lay(self, nodes: list[_Node], after: int) -> int:
-        for node in reversed(nodes):
-            after = self._lay_one(node, after)
-        return after
-
-    def _lay_one(self, node: _Node, after: int) -> int:
-        match node:
-            case _Literal(data):
-                for byte in reversed(data):
-                    after = self._position(1 << byte, 0, after)
-                return after
-            case _Class(ranges):
-                return self._lay_class(ranges, after)
-            case _Reference(name, line):
-                if name not in self._numbers:
-                    raise GrammarError(f"The grammar is wrong on line {line}: there is no rule `{name}`.")
-                return self._position(0, self._numbers[name], after)
-            case _Group([only]):
-                return self._lay(only, after)
-            case _Group(alternatives):
-                return self._position(0, self._add(self._lay_all(alternatives)), after)
-            case _Repeat():
-                return self._lay_repeat(node, after)
-
-    def _lay_class(self, ranges: Ranges, after: int) -> int:
-        chains = byte_chains(ranges)
-        if len(chains) == 1 and len(chains[0]) == 1:
-            return self._position(chains[0][0], 0, after)
-        if ranges not in self._classes:
-            starts = []
-            for chain in chains:
-                start = 0
-                for mask in reversed(chain):
-                    start = self._position(mask, 0, start)
-                starts.append(start)
-            self._classes[ranges] = self._add(tuple(starts))
-        return self._position(0, self._classes[ranges], after)
-
-    def _lay_repeat(self, repeat: _Repeat, after: int) -> int:
-        item = self._add((self._lay([repeat.node], 0),))  # laid once, referred to each time
-        if repeat.most is None:
-            loop = len(self.rules)
-            self.rules.append(())
-            round_again = self._position(0, loop, 0)
-            self.loops.add(round_again)
-            self.rules[loop] = (self._position(0, item, round_again), 0)
-            after = self._position(0, loop, after)
-        else:
-            optional = 0
-            for _ in range(repeat.most - repeat.least):
-                again = self._position(0, item, optional)
-                optional = self._position(0, self._add((again, 0)), 0)
-            if optional:
-                after = self._position(0, self.refs[optional], after)
-        for _ in range(repeat.least):
-            after = self._position(0, item, after)
-        return after
-
-    def _add(self, starts: tuple[int, ...]) -> int:
-        number = self._added.setdefault(starts, len(self.rules))
-        if number == len(self.rules):
-            self.rules.append(starts)
-        return number
-
-    def _position(self, mask: int, ref: int, after: int) -> int:
-        number = self._laid.setdefault((mask, ref, after), len(self.masks))
-        if number < len(self.masks):
-            return number
-        if len(self.masks) >= MAX_POSITIONS:
-            raise GrammarError(
-                f"The grammar needs more than {MAX_POSITIONS} elements when its repetitions are written out; make it smaller."
-            )
-        self.masks.append(mask)
-        self.refs.append(ref)
-        self.following.append(after)
-        return number
-
-
-def _refuse_left_recursion(grammar: Grammar, builder: _Builder) -> None:
-    """Raises when a rule can begin with itself: it could be expanded without end. Linear in the grammar's size."""
-    nullable = _nullable(grammar)
-    edges: list[list[int]] = []
-    for starts in grammar.rules:
-        found = []
-        for position in starts:
-            while position and not grammar.masks[position]:
-                # A repetition that goes round with nothing taken comes back to where it was: the automaton sees that.
-                if position not in builder.loops:
-                    found.append(grammar.refs[position])
-                if not nullable[grammar.refs[position]]:
-                    break
-                position = grammar.following[position]
-        edges.append(found)
-    names = {number: name for name, number in builder._numbers.items()}
-    state = [0] * len(edges)  # 1 = being visited, 2 = done
-    for first in range(len(edges)):
-        path = [(first, iter(edges[first]))] if not state[first] else []
-        while path:
-            rule, rest = path[-1]
-            state[rule] = 1
-            following = next(rest, None)
-            if following is None:
-                state[rule] = 2
-                path.pop()
-            elif state[following] == 1:
-                shown = next((names[number] for number, _ in reversed(path) if number in names), "a group")
-                raise GrammarError(
-                    f"The grammar's rule `{shown}` begins with itself (left recursion); put a character first."
-                )
-            elif not state[following]:
-                path.append((following, iter(edges[following])))
-
-
-def _nullable(grammar: Grammar) -> list[bool]:
-    """Which rules may match nothing at all."""
-    nullable = [False] * len(grammar.rules)
-    waiting: dict[int, list[tuple[int, int]]] = {}  # rule → (position, rule that it belongs to) to go on from
-    work = [(position, rule) for rule, starts in enumerate(grammar.rules) for position in starts]
-    while work:
-        position, rule = work.pop()
-        if nullable[rule]:
-            continue
-        while position and not grammar.masks[position] and nullable[grammar.refs[position]]:
-            position = grammar.following[position]
-        if position == 0:
-            nullable[rule] = True
-            work += waiting.pop(rule, [])
-        elif not grammar.masks[position]:
-            waiting.setdefault(grammar.refs[position], []).append((position, rule))
-    return nullable
 
 
 def _complement(ranges: list[tuple[int, int]]) -> Ranges:

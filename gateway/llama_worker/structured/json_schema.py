@@ -2,7 +2,7 @@
 
 Its rule: a keyword is held to or refused by its path, never passed over. Where a schema leaves room the grammar may take less
 of it: properties come in the schema's order, an object has none but those it lists unless `additionalProperties` asks for more,
-and white space is at most what a pretty-printer writes.
+and white space is at most what a pretty-printer writes. `oneOf` alone is taken for less than it says: for `anyOf`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from gateway.errors import RequestError
 from gateway.llama_worker.structured import numbers
 from gateway.llama_worker.structured.gbnf import MAX_REPETITIONS, PARAM
+from gateway.llama_worker.structured.json_rules import COMMON, FORMATS
 from gateway.llama_worker.structured.regex import UnsupportedRegex, regex_to_gbnf
 from gateway.llama_worker.structured.spelling import JSON_FORBIDDEN, char_class, complement, quote, subtract
 
@@ -21,24 +22,6 @@ MAX_NODES = 20_000
 MAX_DEPTH = 64
 MAX_CHARACTERS = 200_000
 MAX_OTHER_KEY = 200
-
-_HEX = "[0-9a-fA-F]"
-_COMMON = f"""\
-ws ::= (" " | "\\n" [ \\t]{{0,20}})?
-char ::= [^"\\\\\\x00-\\x1F\\x7F] | "\\\\" (["\\\\/bfnrt] | "u" unicode)
-unicode ::= [0-9a-cA-CefEF] {_HEX}{{3}} | [dD] [0-7] {_HEX}{{2}} | [dD] [89abAB] {_HEX}{{2}} "\\\\u" [dD] [c-fC-F] {_HEX}{{2}}
-string ::= "\\"" char* "\\""
-integer ::= "-"? ("0" | [1-9] [0-9]{{0,15}})
-number ::= integer ("." [0-9]{{1,16}})? ([eE] [-+]? [0-9]{{1,2}})?
-boolean ::= "true" | "false"
-null ::= "null"
-object ::= "{{" ws (string ":" ws value ("," ws string ":" ws value)* ws)? "}}"
-array ::= "[" ws (value ("," ws value)* ws)? "]"
-value ::= object | array | string | number | boolean | null
-key-char ::= [^"\\\\\\x00-\\x1F\\x7F]
-"""
-# Where words begin with their space, a reply does too; it is no part of the document, and JSON allows it.
-ANY_OBJECT = 'root ::= " "? object\n' + _COMMON
 
 _TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 _ANNOTATIONS = frozenset(
@@ -53,22 +36,6 @@ _BY_TYPE = {
 }
 _BY_TYPE |= {"integer": _BY_TYPE["number"], "boolean": frozenset(), "null": frozenset()}
 _ASSERTIONS = frozenset("type enum const anyOf oneOf allOf $ref".split()).union(*_BY_TYPE.values())
-
-_DATE = r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
-_TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,6})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
-_OCTET = "(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
-_LABEL = "[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
-FORMATS = {
-    "date": _DATE,
-    "time": _TIME,
-    "date-time": f"{_DATE}T{_TIME}",
-    "duration": "P([0-9]{1,4}Y)?([0-9]{1,4}M)?([0-9]{1,4}D)?T[0-9]{1,4}[HMS]|P[0-9]{1,4}[YMWD]",
-    "email": rf"[A-Za-z0-9_+-]+(\.[A-Za-z0-9_+-]+)*@{_LABEL}(\.{_LABEL})+",
-    "hostname": rf"{_LABEL}(\.{_LABEL})*",
-    "ipv4": rf"{_OCTET}(\.{_OCTET}){{3}}",
-    "ipv6": "([0-9a-fA-F]{1,4}:){7}[0-9a-fA-F]{1,4}",
-    "uuid": "[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}",
-}
 
 _KEY_CHARACTERS = complement(JSON_FORBIDDEN)
 
@@ -99,7 +66,7 @@ class _Converter:
 
     def grammar(self) -> str:
         root = self._visit(self._schema, ())
-        return "\n".join([f'root ::= " "? {root}', *self._written, _COMMON])
+        return "\n".join([f'root ::= " "? {root}', *self._written, COMMON])
 
     def _visit(self, schema: Any, path: Path) -> str:
         """An expression, short or the name of a rule, for one schema."""
