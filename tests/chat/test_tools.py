@@ -572,3 +572,20 @@ def test_reasoning_that_the_prompt_opens_is_closed_before_a_structured_reply(hou
         assert reply.choices[0].message.content == '{"a": 1}'
         assert engine.asked[-1]["structured_outputs"] == {"json_object": True}
         assert engine.prompt.endswith(prompt_end)
+
+
+def test_what_an_engine_has_not_said_it_can_do_is_refused_by_the_clients_name_for_it(house: House) -> None:
+    engine = house.engine("chatml", '{"a": 1}')
+    asked = {"tools": openai.omit, "response_format": {"type": "json_object"}}
+    for version, taken in (
+        ({"kind": "llama"}, False),
+        ({"kind": "llama", "structured_outputs": ["json_object"]}, True),
+    ):
+        engine.version = version
+        if taken:
+            assert ask(house, "chatml", stream=False, **asked).choices[0].message.content == '{"a": 1}'
+            continue
+        with pytest.raises(openai.BadRequestError) as refused:
+            ask(house, "chatml", stream=False, **asked)
+        assert refused.value.param == "response_format"
+    engine.version = {}
