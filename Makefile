@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo serve stop test check format lint parity bench-gateway bench-rendering clean clean-venv
+.PHONY: help setup demo serve stop test check format lint parity bench-gateway bench-llama bench-rendering clean clean-venv
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -54,6 +54,9 @@ bench-gateway: $(READY) ## the gateway beside vllm-router, LiteLLM and the direc
 
 bench-rendering: $(READY) ## what rendering 8k tokens costs, and the next turn of a long chat
 	@$(BIN)/python -m tests.bench.rendering
+
+bench-llama: $(READY) ## the llama worker beside llama-server and llama-cpp-python's server (BENCH="--quick" for two minutes)
+	@$(BIN)/python -m tests.bench.llama_worker $(BENCH)
 
 clean: ## remove what tests and tools leave behind (not .venv, not data)
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.* htmlcov

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.errors import BodyTooLarge, Forbidden, MethodNotAllowed, Misdirected, NotFound, RequestError, TunegateError
 from gateway.house import House
-from gateway.routes import chat, completions, files, fine_tuning, health, models, preview, templates
+from gateway.routes import chat, completions, embeddings, files, fine_tuning, health, models, preview, templates
 from gateway.routes.body import ClientLeft
 from gateway.settings import Settings
 from gateway.store.datadir import DataDir
@@ -32,6 +32,7 @@ logger = logging.getLogger("tunegate")
 ROUTES = [
     *chat.routes,
     *completions.routes,
+    *embeddings.routes,
     *models.routes,
     *files.routes,
     *fine_tuning.routes,

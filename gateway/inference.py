@@ -5,64 +5,31 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from gateway.chat.bundle import Bundle
 from gateway.chat.calls import CallDelta
 from gateway.chat.conversation import Message, Options, RenderError
-from gateway.chat.parse import ReplyReader
+from gateway.chat.parse import Part, ReplyReader
 from gateway.chat.render import Prompt, render_prompt, render_quickly
-from gateway.chat.speech import NO_TOOLS, ToolUse, call_opening
+from gateway.chat.speech import NO_TOOLS, ToolUse, call_opening, opens_json, text_opening
+from gateway.embedding import Embeddings, embed
+from gateway.engine_request import Sampling, Structured, engine_body, structured_field
 from gateway.engines.catalog import Catalog, Served
 from gateway.engines.client import EngineStream
-from gateway.errors import ContextLengthExceeded, EngineError, RateLimited, RequestError
+from gateway.errors import EngineError, RateLimited, RequestError
 
 # Rendering longer texts than this would hold up other streams for more than about a millisecond.
 _INLINE_CHARACTERS = 4000
 _LEAST_LOGPROB = -9999.0
 
 
-__all__ = ["CallDelta", "Delta", "Generation", "Inference", "Sampling", "TokenLogprob"]
-
-
-class Sampling(Protocol):
-    """What is asked of the engine; `wire.sampling` reads it."""
-
-    @property
-    def n(self) -> int: ...
-    @property
-    def max_tokens(self) -> int | None: ...
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def top_p(self) -> float: ...
-    @property
-    def top_k(self) -> int: ...
-    @property
-    def min_p(self) -> float: ...
-    @property
-    def presence_penalty(self) -> float: ...
-    @property
-    def frequency_penalty(self) -> float: ...
-    @property
-    def repetition_penalty(self) -> float: ...
-    @property
-    def seed(self) -> int | None: ...
-    @property
-    def stops(self) -> tuple[str, ...]: ...
-    @property
-    def logit_bias(self) -> dict[str, float]: ...
-    @property
-    def logprobs(self) -> int | None: ...
-    @property
-    def ignore_eos(self) -> bool: ...
-    @property
-    def min_tokens(self) -> int: ...
+__all__ = ["CallDelta", "Delta", "Embeddings", "Generation", "Inference", "Sampling", "TokenLogprob"]
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A sampled token, what the model gave it, and the likeliest others (natural logarithms)."""
+    """A token, what the model gave it, and the likeliest others (natural logarithms)."""
 
     token: bytes
     logprob: float
@@ -99,8 +66,12 @@ class Inference:
         stream: bool,
         tool_use: ToolUse = NO_TOOLS,
         options: Options | None = None,
+        arguments: Structured | None = None,
     ) -> Generation:
-        """A reply to `messages`. Raises ModelNotFound, RequestError, ContextLengthExceeded, EngineUnavailable."""
+        """A reply to `messages`. Raises ModelNotFound, RequestError, ContextLengthExceeded, EngineUnavailable.
+
+        `arguments` is what those of the one forced call are held to, where the template writes them as JSON.
+        """
         served = self._catalog.resolve(model)
         bundle = served.bundle
         if tool_use.tools and bundle.speech.tool_calls is None:
@@ -117,7 +88,7 @@ class Inference:
         except RenderError as error:
             at_tools = tools and not getattr(bundle.template, "offers_tools", False)
             raise RequestError(f"{error}", param="tools" if at_tools else "messages") from error
-        begun = _forced_ids(bundle, prompt, tool_use)
+        begun = _begun_ids(bundle, prompt, tool_use, as_text=sampling.structured is not None)
 
         def reader() -> ReplyReader:
             return ReplyReader(
@@ -126,10 +97,18 @@ class Inference:
 
         by_text = bool(sampling.stops) or bool(bundle.stop_strings) or tool_use.single
         ids = [*prompt.ids, *begun] if begun else prompt.ids
-        return await self._generate(served, ids, sampling, reader, stream=stream or by_text, param="messages")
+        structured = arguments if tool_use.forced and opens_json(bundle.speech) else sampling.structured
+        return await self._generate(
+            served, ids, sampling, reader, stream=stream or by_text, param="messages", structured=structured
+        )
 
-    async def complete(self, model: str, prompt: str | list[int], sampling: Sampling, *, stream: bool) -> Generation:
-        """A continuation of a text or of token ids. Raises as `chat` does."""
+    async def complete(
+        self, model: str, prompt: str | list[int], sampling: Sampling, *, stream: bool, score_prompt: bool = False
+    ) -> Generation:
+        """A continuation of a text or of token ids. Raises as `chat` does.
+
+        With `score_prompt` the prompt's log-probabilities come along, in one piece with the reply (`prompt_logprobs`).
+        """
         served = self._catalog.resolve(model)
         tokenizer = served.bundle.tokenizer
         if isinstance(prompt, str):
@@ -149,8 +128,32 @@ class Inference:
         def reader() -> ReplyReader:
             return ReplyReader(served.bundle, sampling.stops, raw=True)
 
-        by_text = bool(sampling.stops)
-        return await self._generate(served, ids, sampling, reader, stream=stream or by_text, param="prompt")
+        scored = len(ids) if isinstance(prompt, list) else len(ids) - len(tokenizer.prefix_ids)
+        stream = (stream or bool(sampling.stops)) and not score_prompt
+        return await self._generate(
+            served,
+            ids,
+            sampling,
+            reader,
+            stream=stream,
+            param="prompt",
+            structured=sampling.structured,
+            scored=scored if score_prompt else 0,
+        )
+
+    async def embed(self, model: str, inputs: Sequence[str | list[int]]) -> Embeddings:
+        """The vectors of texts or token ids. Raises as `chat` does; RequestError where the model makes none."""
+        served = self._catalog.resolve(model)
+        told = self._catalog.base(served.base).engine.version
+        if told.get("kind") == "llama" and not told.get("embedding_width"):
+            raise RequestError(f"the model '{model}' makes no embeddings: its file names no pooling", param="model")
+        if self.in_flight >= self._limit:
+            raise RateLimited(f"{self._limit} requests are being answered; try again shortly", retry_after_s=1)
+        self.in_flight += 1
+        try:
+            return await embed(served, inputs)
+        finally:
+            self.in_flight -= 1
 
     def prompt_text(self, model: str, prompt: str | list[int]) -> str:
         """A plain prompt as text, for `echo`."""
@@ -165,21 +168,27 @@ class Inference:
         *,
         stream: bool,
         param: str,
+        structured: Structured | None,
+        scored: int = 0,
     ) -> Generation:
         if self.in_flight >= self._limit:
             raise RateLimited(f"{self._limit} requests are being answered; try again shortly", retry_after_s=1)
-        _check_bias(sampling.logit_bias, served.bundle.tokenizer.vocab_size)
-        max_tokens = _room(served, ids, sampling.max_tokens, param)
+        body = engine_body(served, ids, sampling, stream=stream, param=param)
+        if structured is not None:
+            told = self._catalog.base(served.base).engine.version
+            body["structured_outputs"] = structured_field(structured, served.base, told)
+        if scored:
+            body["prompt_logprobs"] = sampling.logprobs or 0
         readers = [reader() for _ in range(sampling.n)]
-        stop_ids = () if sampling.ignore_eos else served.bundle.stop_ids
-        body = _engine_body(served, ids, sampling, max_tokens, stop_ids, stream=stream)
         self.in_flight += 1
         try:
             events = await served.client.stream(body)
         except BaseException:
             self.in_flight -= 1
             raise
-        return Generation(self, served.bundle, events, readers, prompt_ids=ids, logprobs=sampling.logprobs)
+        return Generation(
+            self, served.bundle, events, readers, sampling, prompt_ids=ids, structured=structured, scored=scored
+        )
 
     def _ended(self) -> None:
         self.in_flight -= 1
@@ -194,18 +203,25 @@ class Generation:
         bundle: Bundle,
         stream: EngineStream,
         readers: list[ReplyReader],
+        sampling: Sampling,
         *,
         prompt_ids: list[int],
-        logprobs: int | None,
+        structured: Structured | None,
+        scored: int = 0,
     ) -> None:
+        """`scored`: how many of the prompt's last ids have log-probabilities to come."""
         self._inference, self._bundle, self._stream, self._readers = inference, bundle, stream, readers
         self._open = set(range(len(readers)))
         self._stop_ids = frozenset(bundle.stop_ids)
-        self._logprobs = logprobs
+        self._client_stops = frozenset(sampling.stop_token_ids)
+        self._logprobs = sampling.logprobs
+        self._structured = structured
+        self._scored = scored
         self._live = True
         self._cut = False  # a stop string ended a choice: the engine does not know and would go on
         self.plain = all(reader.plain for reader in readers)  # text is all that can come
         self.prompt_ids = prompt_ids
+        self.prompt_logprobs: list[tuple[bytes, TokenLogprob | None]] = []  # None: nothing comes before it
         self.completion_tokens = 0
         self.cached_tokens = 0
 
@@ -224,6 +240,10 @@ class Generation:
             while not self._cut and (frames := await self._stream.frames()):
                 for frame in frames:  # usage, and the end that lets the connection be kept
                     self._read(frame)
+        except RequestError as error:
+            if error.param == "structured_outputs" and self._structured is not None:
+                error.param = self._structured.param  # as the client called it
+            raise
         finally:
             self.cancel()
 
@@ -260,7 +280,13 @@ class Generation:
         reason = choice["finish_reason"]
         reader = self._readers[index]
         self.completion_tokens += len(ids)
-        part = reader.feed(ids)
+        if self._scored and not self.prompt_logprobs and choice.get("prompt_logprobs"):
+            self._read_prompt_logprobs(choice["prompt_logprobs"])
+        told = ids[:-1] if reason == "stop" and ids and ids[-1] in self._client_stops else ids
+        if self._logprobs is None or len(ids) == 1:
+            part = reader.feed(told)
+        else:  # one by one, to know which token meets a stop string
+            part, told = self._feed_each(reader, told)
         if reader.stopped:
             reason = "stop"
             self._cut = True
@@ -268,12 +294,32 @@ class Generation:
             part.add(reader.finish(at_stop=reason == "stop"))
         logprobs = None
         if self._logprobs is not None:
-            logprobs = self._read_logprobs(choice["logprobs"], ids, ended=reason == "stop")
+            logprobs = self._read_logprobs(choice["logprobs"], told, ended=reason == "stop")
         if reason is not None:
             self._open.discard(index)
             if reason == "stop" and reader.n_calls:
                 reason = "tool_calls"
         return Delta(index, part.text, reason, logprobs, part.reasoning, part.calls, ids)
+
+    def _feed_each(self, reader: ReplyReader, ids: list[int]) -> tuple[Part, list[int]]:
+        part = reader.feed(())
+        for number, token_id in enumerate(ids, start=1):
+            part.add(reader.feed((token_id,)))
+            if reader.stopped:
+                return part, ids[:number]
+        return part, ids
+
+    def _read_prompt_logprobs(self, raw: list[dict[str, dict[str, Any]] | None]) -> None:
+        token_bytes = self._bundle.tokenizer.token_bytes
+        for token_id, scores in list(zip(self.prompt_ids, raw, strict=True))[-self._scored :]:
+            spelled = token_bytes(token_id)
+            if scores is None:
+                self.prompt_logprobs.append((spelled, None))
+                continue
+            likeliest = sorted(scores.items(), key=lambda item: -_finite(item[1]["logprob"]))[: self._logprobs or 0]
+            top = [(token_bytes(int(name)), _finite(score["logprob"])) for name, score in likeliest]
+            own = _finite(scores[str(token_id)]["logprob"])
+            self.prompt_logprobs.append((spelled, TokenLogprob(spelled, own, top)))
 
     def _read_logprobs(self, raw: dict[str, Any] | None, ids: list[int], *, ended: bool) -> list[TokenLogprob]:
         """Entries for the tokens that are text: the stop token that ended the reply has none, as at OpenAI."""
@@ -290,74 +336,14 @@ class Generation:
         return entries
 
 
-def _forced_ids(bundle: Bundle, prompt: Prompt, tool_use: ToolUse) -> list[int]:
-    """The beginning of a call, for a reply that must be one: it goes behind the prompt and counts as the reply's."""
-    if not tool_use.forced:
-        return []
-    opening = call_opening(bundle.speech, tool_use.forced, in_reasoning=prompt.opens_reasoning, lead=bundle.frame.lead)
-    return bundle.tokenizer.encode_continuation(opening)
-
-
-def _room(served: Served, ids: list[int], wanted: int | None, param: str) -> int:
-    """How many tokens may come after the prompt."""
-    context = served.context_length
-    room = context - len(ids)
-    if room < 1 or (wanted is not None and wanted > room):
-        asked = f"{len(ids)} in the {param}" + (f", {wanted} for the completion" if wanted is not None else "")
-        raise ContextLengthExceeded(
-            f"This model's maximum context length is {context} tokens. You asked for more ({asked}). "
-            f"Please shorten the {param} or the completion.",
-            param=param,
-        )
-    return room if wanted is None else wanted
-
-
-def _check_bias(logit_bias: dict[str, float], vocab_size: int) -> None:
-    for token_id in logit_bias:
-        if int(token_id) >= vocab_size:
-            raise RequestError(
-                f"'logit_bias' holds the token id {token_id}, and the model has {vocab_size} tokens", param="logit_bias"
-            )
-
-
-def _engine_body(
-    served: Served,
-    ids: list[int],
-    sampling: Sampling,
-    max_tokens: int,
-    stop_ids: tuple[int, ...],
-    *,
-    stream: bool,
-) -> dict[str, Any]:
-    """Every sampling field is said, since an engine's defaults are its own (vLLM's max_tokens is 16)."""
-    body: dict[str, Any] = {
-        "model": served.engine_model,
-        "prompt": ids,
-        "max_tokens": max_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "min_p": sampling.min_p,
-        "presence_penalty": sampling.presence_penalty,
-        "frequency_penalty": sampling.frequency_penalty,
-        "repetition_penalty": sampling.repetition_penalty,
-        "seed": sampling.seed,
-        "n": sampling.n,
-        "logprobs": sampling.logprobs,
-        "stop_token_ids": stop_ids,
-        "ignore_eos": sampling.ignore_eos,
-        "min_tokens": sampling.min_tokens,
-        "stream": stream,
-        "return_token_ids": True,
-        "return_tokens_as_token_ids": True,
-        "skip_special_tokens": False,
-        "cache_salt": served.cache_salt,
-    }
-    if sampling.logit_bias:
-        body["logit_bias"] = sampling.logit_bias
-    if stream:
-        body["stream_options"] = {"include_usage": True}
-    return body
+def _begun_ids(bundle: Bundle, prompt: Prompt, tool_use: ToolUse, *, as_text: bool) -> list[int]:
+    """The beginning of a reply that must be a call, or text throughout: it goes behind the prompt and counts as the reply's."""
+    speech, opened = bundle.speech, prompt.opens_reasoning
+    if tool_use.forced:
+        opening = call_opening(speech, tool_use.forced, in_reasoning=opened, lead=bundle.frame.lead)
+    else:
+        opening = text_opening(speech, in_reasoning=opened) if as_text else ""
+    return bundle.tokenizer.encode_continuation(opening) if opening else []
 
 
 def _finite(logprob: float | None) -> float:

@@ -28,7 +28,15 @@ ARROWS: dict[str, set[str]] = {
     "gateway.wire": {"gateway.chat", "gateway.errors"},
     "gateway.store": {"gateway.errors", "gateway.jobdir"},
     "gateway.engines": {"gateway", "gateway.bases", "gateway.chat", "gateway.errors", "gateway.jobdir"},
-    "gateway.inference": {"gateway.chat", "gateway.engines", "gateway.errors"},
+    "gateway.embedding": {"gateway.engines", "gateway.errors"},
+    "gateway.engine_request": {"gateway.engines", "gateway.errors"},
+    "gateway.inference": {
+        "gateway.chat",
+        "gateway.embedding",
+        "gateway.engine_request",
+        "gateway.engines",
+        "gateway.errors",
+    },
     "gateway.jobs": {
         "gateway",
         "gateway.bases",

@@ -8,6 +8,7 @@ real engine.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,12 +35,21 @@ class Shape:
 
 
 def write_tiny_gguf(
-    path: Path, seed: int = 0, vocab_size: int = 320, q4_0: bool = True, shape: Shape | None = None
+    path: Path,
+    seed: int = 0,
+    vocab_size: int = 320,
+    q4_0: bool = True,
+    shape: Shape | None = None,
+    words: Sequence[str] = (),
+    pooling: gguf.PoolingType | None = None,
 ) -> Path:
-    """Writes a random model to `path` (q4_0 as llama.cpp's own quantiser makes it, or f16) and returns the path."""
+    """Writes a random model to `path` (q4_0 as llama.cpp's own quantiser makes it, or f16) and returns the path.
+
+    `words` are the first of the invented pieces; `pooling` makes it a model for embeddings.
+    """
     shape = shape or Shape(vocab_size=vocab_size)
     target = path.with_suffix(".f16.gguf") if q4_0 else path
-    _write_f16(target, shape, np.random.default_rng(seed))
+    _write_f16(target, shape, np.random.default_rng(seed), words, pooling)
     if q4_0:
         _quantize(target, path)
         target.unlink()
@@ -67,7 +77,9 @@ def write_tiny_lora(
     return path
 
 
-def _write_f16(path: Path, shape: Shape, rng: np.random.Generator) -> None:
+def _write_f16(
+    path: Path, shape: Shape, rng: np.random.Generator, words: Sequence[str], pooling: gguf.PoolingType | None
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_name("tiny")
@@ -80,7 +92,9 @@ def _write_f16(path: Path, shape: Shape, rng: np.random.Generator) -> None:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(shape.hidden // shape.heads)
     writer.add_vocab_size(shape.vocab_size)
-    _add_vocabulary(writer, shape.vocab_size)
+    if pooling is not None:
+        writer.add_pooling_type(pooling)
+    _add_vocabulary(writer, shape.vocab_size, words)
     writer.add_tensor("token_embd.weight", _random(rng, shape.vocab_size, shape.hidden, gain=shape.hidden**0.5))
     writer.add_tensor("output_norm.weight", np.ones(shape.hidden, dtype=np.float32))
     # Logits of some spread, so that greedy choices have a margin and sampling has something to choose among.
@@ -110,13 +124,13 @@ def _random(rng: np.random.Generator, rows: int, columns: int, gain: float = 1.0
     return (rng.standard_normal((rows, columns), dtype=np.float32) * gain / np.sqrt(columns)).astype(np.float16)
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, vocab_size: int) -> None:
+def _add_vocabulary(writer: gguf.GGUFWriter, vocab_size: int, words: Sequence[str]) -> None:
     pieces = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(BYTE_TOKENS)]
     types = [gguf.TokenType.UNKNOWN] + [gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.BYTE] * BYTE_TOKENS
     if vocab_size < len(pieces):
         raise ValueError(f"vocab_size is {vocab_size}; it must be at least {len(pieces)} to hold the byte tokens")
     extra = vocab_size - len(pieces)
-    pieces += [f"▁w{index}" for index in range(extra)]
+    pieces += [word.replace(" ", "▁") for word in words] + [f"▁w{index}" for index in range(extra - len(words))]
     types += [gguf.TokenType.NORMAL] * extra
     writer.add_tokenizer_model("llama")
     writer.add_token_list(pieces)

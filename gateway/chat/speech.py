@@ -93,6 +93,22 @@ def call_opening(speech: Speech, names: Sequence[str], *, in_reasoning: bool = F
     return before + _opening(speech.tool_calls, name)
 
 
+def opens_json(speech: Speech) -> bool:
+    """Whether what follows the opening of a call of one function is its arguments as one JSON object."""
+    return speech.tool_calls not in (None, "xml", "pythonic", "pythonic_tagged")
+
+
+def text_opening(speech: Speech, *, in_reasoning: bool) -> str:
+    """What a reply that must be text throughout begins with: what names its channel, the end of a reasoning that is open."""
+    if speech.tool_calls == "harmony":
+        return "<|channel|>final<|message|>"
+    if speech.tool_calls == "functionary":
+        return "all\n"
+    if speech.reasoning is not None and in_reasoning:
+        return f"\n{speech.reasoning[1]}\n\n"
+    return ""
+
+
 def _tool_form(template: str) -> ToolForm | None:
     if "[TOOL_CALLS]" in template:
         return "mistral_args" if "[ARGS]" in template else "mistral"

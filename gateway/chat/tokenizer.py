@@ -74,7 +74,7 @@ class Tokenizer:
         self._is_byte_level = _reads_byte_level(self._json.get("decoder"))
         self._prefixes = Prefixes()
         self._bytes: dict[int, bytes] = {}  # filled as tokens are met
-        self.prefix_ids = self._read_prefix()
+        self.prefix_ids, self.suffix_ids = self._read_surroundings()
         self._cutting = {t["content"] for t in added if t.get("special") and self._is_cut(t)}
 
     def forget(self) -> None:
@@ -174,12 +174,13 @@ class Tokenizer:
             return bytes([int(piece[3:5], 16)])
         return bytes(piece.replace("▁", " "), "utf-8")
 
-    def _read_prefix(self) -> list[int]:
-        """What the tokenizer puts before any text."""
+    def _read_surroundings(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before any text and after it."""
         bare = self._tokenizer.encode("x", add_special_tokens=False).ids
         whole = self._tokenizer.encode("x", add_special_tokens=True).ids
         ends = (n for n in range(len(whole) - len(bare) + 1) if whole[n : n + len(bare)] == bare)
-        return list(whole[: next(ends, 0)])
+        start = next(ends, None)
+        return ([], []) if start is None else (list(whole[:start]), list(whole[start + len(bare) :]))
 
     def _is_cut(self, token: dict[str, Any]) -> bool:
         """Whether text is tokenised the same after this token, whatever came before it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from urllib.parse import urlsplit
 
 from gateway.engines.client import Endpoint
@@ -20,6 +21,7 @@ class AttachedEngine:
             raise SettingsError(f"engine_url must be http://HOST:PORT, not {url!r}")
         self.endpoint = Endpoint(parts.hostname, parts.port, key)
         self.ready = True
+        self.version: dict[str, Any] = {}  # it was not asked: what it cannot do, it refuses itself
 
     def serves(self, engine_name: str) -> bool:
         """Adapters are not brought to engines that were started elsewhere (yet)."""

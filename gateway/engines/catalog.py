@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from gateway.bases import PreparedBase
 from gateway.chat.bundle import Bundle
@@ -22,6 +22,8 @@ class ServingEngine(Protocol):
     def endpoint(self) -> Endpoint: ...
     @property
     def ready(self) -> bool: ...
+    @property
+    def version(self) -> dict[str, Any]: ...
     def serves(self, engine_name: str) -> bool: ...
 
 

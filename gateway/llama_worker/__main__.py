@@ -26,7 +26,7 @@ import uvicorn
 import uvloop
 
 from gateway import __version__
-from gateway.llama_worker.proof import Mode, NoWorkingMode, prove
+from gateway.llama_worker.proof import Mode, NoWorkingMode, keep_numbers_steady, prove
 
 log = logging.getLogger("gateway.llama_worker")
 
@@ -48,6 +48,7 @@ def main() -> int:
     logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("gguf").setLevel(logging.WARNING)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    keep_numbers_steady()
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_ROUNDS)  # read when llama.cpp is imported, here and in the child
     try:
@@ -86,6 +87,18 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-seqs", type=_whole(1, 256), default=8, help="sequences that run at the same time")
     parser.add_argument("--max-queue", type=_whole(0, 100_000), default=128, help="sequences that may wait")
     parser.add_argument(
+        "--max-adapters", type=_whole(1, 4096), default=16, help="adapters in memory; more may be loaded"
+    )
+    parser.add_argument(
+        "--cache-mib", type=_whole(0, 2**20), default=512, help="memory for computed prefixes; 0 = none"
+    )
+    parser.add_argument("--kv-type", choices=["f16", "f32"], default="f16", help="f32 doubles the KV, for comparisons")
+    parser.add_argument(
+        "--flash-attention",
+        action="store_true",
+        help="faster with many sequences or long ones, but a reply may differ by a rounding with what else runs",
+    )
+    parser.add_argument(
         "--threads", type=_whole(0, 1024), default=0, help="0 = this process's cores, fewer for a small model"
     )
     parser.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
@@ -101,27 +114,43 @@ class Worker:
         # Imported here, so that a bad command line or a crash in the proof costs nothing.
         from gateway.llama_worker.adapters import Adapters
         from gateway.llama_worker.delivery import publisher
+        from gateway.llama_worker.embedding import Embedder
+        from gateway.llama_worker.fields import Limits
+        from gateway.llama_worker.filling import PROMPT_CHUNK
         from gateway.llama_worker.http import Front
         from gateway.llama_worker.metrics import Metrics
-        from gateway.llama_worker.native import Context, ContextSize, Model, NativeLog, library_version
-        from gateway.llama_worker.scheduler import PROMPT_CHUNK, Scheduler
-        from gateway.llama_worker.wire import Limits
+        from gateway.llama_worker.native import (
+            FLASH_ATTENTION_OFF,
+            FLASH_ATTENTION_ON,
+            Context,
+            ContextSize,
+            Model,
+            NativeLog,
+            library_version,
+        )
+        from gateway.llama_worker.prefix_cache import PrefixCache
+        from gateway.llama_worker.scheduler import Scheduler
+        from gateway.llama_worker.structured.compiler import KINDS
+        from gateway.llama_worker.vocabulary import NativeVocabulary
 
         self._options = options
         self._listener = listener
         self._model = Model(options.model, NativeLog(), mode.use_extra_bufts)
         context = options.ctx or default_context(
-            self._model.trained_context, self._model.kv_bytes_per_token, options.max_seqs
+            self._model.trained_context, self._model.kv_bytes_per_token(options.kv_type), options.max_seqs
         )
         if context > self._model.trained_context:
             log.warning("--ctx is %d; the model was trained on %d positions", context, self._model.trained_context)
-        size = ContextSize(context, options.max_seqs, batch=max(PROMPT_CHUNK, options.max_seqs))
-        self._context = Context(self._model, size, options.threads)
-        self._adapters = Adapters(self._model, options.served_name)
+        size = ContextSize(context, options.max_seqs, max(PROMPT_CHUNK, options.max_seqs), options.kv_type)
+        flash_attention = FLASH_ATTENTION_ON if options.flash_attention else FLASH_ATTENTION_OFF
+        self._context = Context(self._model, size, options.threads, flash_attention)
+        self._adapters = Adapters(self._model, options.served_name, options.max_adapters)
+        cache = PrefixCache(options.cache_mib * 2**20 if self._model.restorable else 0)
+        self._embedder = Embedder(self._model, context, options.threads)
         self._loop = uvloop.new_event_loop()
         metrics = Metrics()
         self._scheduler = Scheduler(
-            self._model, self._context, self._adapters, options.served_name, metrics, publisher(self._loop)
+            self._model, self._context, self._adapters, options.served_name, cache, metrics, publisher(self._loop)
         )
         self._version = {
             "version": __version__,
@@ -131,10 +160,21 @@ class Worker:
             "mode": {"name": mode.name, "use_extra_bufts": mode.use_extra_bufts, "threads": options.threads},
             "max_model_len": context,
             "max_num_seqs": options.max_seqs,
+            "structured_outputs": list(KINDS),
+            "embedding_width": self._embedder.width if self._embedder.pooling else None,
         }
         limits = Limits(context, options.max_seqs, self._model.vocab_size)
         self._front = Front(
-            self._scheduler, self._adapters, metrics, limits, options.served_name, key, self._version, options.max_queue
+            self._scheduler,
+            self._adapters,
+            metrics,
+            limits,
+            options.served_name,
+            key,
+            self._version,
+            options.max_queue,
+            NativeVocabulary(self._model),
+            self._embedder,
         )
         self._server = uvicorn.Server(
             uvicorn.Config(
@@ -170,6 +210,7 @@ class Worker:
             os._exit(1)  # its objects may be in any state: freeing them could hang
         self._server.should_exit = True
         thread.join(timeout=DRAIN_S)
+        self._embedder.close()
         self._context.close()
         self._adapters.close()
         self._model.close()

@@ -1,80 +1,148 @@
-"""The adapters in memory, by name. A name means one adapter for as long as it is loaded.
+"""The adapters that requests may name, and those of them that are in memory.
 
-Loading and freeing happen on the decode loop's thread, between steps. An unload takes effect at once for new requests and
-frees the adapter when the last sequence that uses it has ended.
+Any number is registered: llama.cpp proves the file once, and from then on the name means that very file until it is
+unloaded. At most `limit` are in memory; one that is asked for comes in, and the one that was used longest ago and that
+nobody is using goes. All of it happens on the decode loop's thread, between steps; only `names` and `get` are for any thread.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+from collections import OrderedDict
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import gguf
-import numpy as np
-import numpy.typing as npt
-
-from gateway.errors import NotFound, RequestError
-from gateway.llama_worker.native import Adapter, Model, NativeError
+from gateway.errors import NotFound, RequestError, TunegateError
+from gateway.llama_worker.adapter_forms import Forms
+from gateway.llama_worker.native import Context, Model, NativeError
 
 log = logging.getLogger(__name__)
 
 ADAPTER_FILE = "adapter.gguf"
 
 
-class Adapters:
-    """Loads adapters for one model and knows them by name."""
+@dataclass(frozen=True)
+class Registered:
+    """A name and the file it means. `serial` is never given twice in the life of a process."""
 
-    def __init__(self, model: Model, served_name: str) -> None:
+    name: str
+    serial: int
+    path: Path
+    identity: tuple[int, ...]  # of the file: device, inode, size and time of its last change
+
+
+class Adapters:
+    """Registers adapters for one model and has them in memory when they are needed."""
+
+    def __init__(self, model: Model, served_name: str, limit: int) -> None:
         self._model = model
         self._served_name = served_name
-        self._loaded: dict[str, tuple[Adapter, Path]] = {}
-        self._leaving: dict[str, Adapter] = {}
+        self._limit = limit
+        self._serials = itertools.count(1)
+        self._registered: dict[str, Registered] = {}
+        self._leaving: dict[str, Registered] = {}
+        self._in_memory: OrderedDict[int, Forms] = OrderedDict()  # by serial, the least recently used first
 
     def names(self) -> dict[str, Path]:
-        """The names that requests may use, and where each came from. For any thread."""
-        return {name: path for name, (_, path) in list(self._loaded.items())}  # a copy: the other thread may add one
+        """The names that requests may use, and the folder of each. For any thread."""
+        return {
+            name: entry.path.parent for name, entry in list(self._registered.items())
+        }  # a copy: it may grow meanwhile
 
-    def get(self, name: str) -> Adapter | None:
-        """The adapter of a name, or None when there is none (any more)."""
-        found = self._loaded.get(name)
-        return found[0] if found else None
+    def get(self, name: str) -> Registered | None:
+        """The adapter of a name, or None when there is none (any more). For any thread."""
+        return self._registered.get(name)
 
-    def load(self, name: str, directory: str | None) -> None:
-        """Loads DIRECTORY/adapter.gguf under `name`; RequestError (400, or 404 when there is no such file)."""
-        if name == self._served_name or name in self._loaded or name in self._leaving:
+    @property
+    def in_memory(self) -> int:
+        """How many are in memory."""
+        return len(self._in_memory)
+
+    def load(self, name: str, directory: str | None, context: Context, used: Collection[int]) -> None:
+        """Registers DIRECTORY/adapter.gguf as `name` once llama.cpp has taken it.
+
+        RequestError (400), or NotFound when there is no such file. It stays in memory if there is room beside those `used`.
+        """
+        if name == self._served_name or name in self._registered or name in self._leaving:
             raise RequestError(
                 f"lora_name is {name!r}, which is taken; a name is never reused while it is loaded.", param="lora_name"
             )
         path = _adapter_path(directory)
         try:
-            self._model.load_adapter(path).close()  # llama.cpp validates the file before we read a byte of it
-            adapter = _load_repeatable(self._model, path)
-        except NativeError as error:
+            identity = _identity(path)
+            forms = Forms(self._model, path)
+        except (NativeError, OSError) as error:
             raise RequestError(f"llama.cpp refused {path}: {error}", param="lora_path") from None
-        self._loaded[name] = (adapter, path.parent)
-        log.info("adapter %r loaded from %r", name, str(path))
+        entry = Registered(name, next(self._serials), path, identity)
+        self._registered[name] = entry
+        if self._make_room(context, used):
+            self._in_memory[entry.serial] = forms
+        else:
+            forms.close()
+        log.info("adapter %r registered from %r", name, str(path))
 
-    def withdraw(self, name: str) -> Adapter:
-        """Takes `name` from new requests; the adapter is freed by `free` once unused. NotFound when it is unknown."""
-        found = self._loaded.pop(name, None)
-        if found is None:
+    def bring_in(self, entry: Registered, context: Context, used: Collection[int]) -> bool:
+        """Has the adapter in memory; False when those `used` (serials) leave no room yet.
+
+        TunegateError when the file is not what was registered.
+        """
+        if entry.serial in self._in_memory:
+            self._in_memory.move_to_end(entry.serial)
+            return True
+        if not self._make_room(context, used):
+            return False
+        try:
+            if _identity(entry.path) != entry.identity:
+                raise TunegateError(
+                    f"The file of adapter {entry.name!r}, {entry.path}, has changed since it was loaded; a name means one "
+                    "adapter for as long as it is loaded. Unload it and load the new file under another name."
+                )
+            self._in_memory[entry.serial] = Forms(self._model, entry.path)
+        except (NativeError, OSError) as error:
+            raise TunegateError(f"Adapter {entry.name!r} cannot be loaded again from {entry.path}: {error}") from None
+        return True
+
+    def forms(self, entry: Registered) -> Forms:
+        """The adapter, which must have been brought in."""
+        return self._in_memory[entry.serial]
+
+    def withdraw(self, name: str) -> Registered:
+        """Takes `name` from new requests; `free` ends it once nothing uses it. NotFound when it is unknown."""
+        entry = self._registered.pop(name, None)
+        if entry is None:
             raise NotFound(f"lora_name is {name!r}; no adapter of that name is loaded.", param="lora_name")
-        self._leaving[name] = found[0]
-        return found[0]
+        self._leaving[name] = entry
+        return entry
 
-    def free(self, name: str) -> None:
+    def free(self, entry: Registered, context: Context) -> None:
         """Frees a withdrawn adapter that nothing uses."""
-        self._leaving.pop(name).close()
-        log.info("adapter %r unloaded", name)
+        del self._leaving[entry.name]
+        if entry.serial in self._in_memory:
+            self._evict(entry.serial, context)
+        log.info("adapter %r unloaded", entry.name)
 
     def close(self) -> None:
-        """Frees them all."""
-        for adapter in [adapter for adapter, _ in self._loaded.values()] + list(self._leaving.values()):
-            adapter.close()
-        self._loaded.clear()
-        self._leaving.clear()
+        """Frees them all; after the context."""
+        for forms in self._in_memory.values():
+            forms.close()
+        self._in_memory.clear()
+
+    def _make_room(self, context: Context, used: Collection[int]) -> bool:
+        while len(self._in_memory) >= self._limit:
+            idle = next((serial for serial in self._in_memory if serial not in used), None)
+            if idle is None:
+                return False
+            self._evict(idle, context)
+        return True
+
+    def _evict(self, serial: int, context: Context) -> None:
+        forms = self._in_memory.pop(serial)
+        if forms.owns(context.adapter):
+            context.use_adapter(None)  # a freed adapter must be on no context
+        forms.close()
 
 
 def _adapter_path(directory: str | None) -> Path:
@@ -86,58 +154,6 @@ def _adapter_path(directory: str | None) -> Path:
     return path
 
 
-def _load_repeatable(model: Model, path: Path) -> Adapter:
-    """The adapter at `path` with ranks that make its numbers independent of how many sequences share a step.
-
-    ggml multiplies one row by a dot product and several rows by tinyBLAS, which sum in different orders; the tiny
-    difference flips roundings of the quantised activations that follow and ends as logits some 1e-1 apart. tinyBLAS
-    declines a matrix whose inner size is not a multiple of its vector and whose outer size is not one of 4, so one
-    zero row on a rank that 4 divides keeps every step on the dot product. llama.cpp scales by alpha / rank: B makes
-    up for the longer rank.
-    """
-    reader = gguf.GGUFReader(path)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    plain = {gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16}
-    if any(tensor.tensor_type not in plain for tensor in tensors.values()):
-        log.warning(
-            "%s holds quantised tensors: its numbers may differ slightly between one and several sequences", path
-        )
-        return model.load_adapter(path)
-    alpha = _field(reader, "adapter.lora.alpha", 0.0)
-    target = os.memfd_create("adapter", os.MFD_CLOEXEC)  # in memory: nothing is left behind by a kill
-    try:
-        copy = f"/proc/self/fd/{target}"
-        writer = gguf.GGUFWriter(copy, _field(reader, "general.architecture", ""))
-        writer.add_string("general.type", "adapter")
-        writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", alpha)
-        for name, tensor in tensors.items():
-            values = np.asarray(tensor.data)
-            if name.endswith((".lora_a", ".lora_b")):
-                values = _pad(name, values, scaled_by_rank=alpha != 0)
-            writer.add_tensor(name, values)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return model.load_adapter(Path(copy))
-    finally:
-        os.close(target)
-
-
-def _pad(name: str, values: npt.NDArray[np.float32 | np.float16], scaled_by_rank: bool) -> npt.NDArray[np.float32]:
-    # A is (rank, in) and B (out, rank), but for the token embedding, where A is (vocab, rank).
-    axis = 0 if name.endswith(".lora_a") and not name.startswith("token_embd.") else 1
-    rank = values.shape[axis]
-    padded = values.astype(np.float32)
-    if rank % 4:
-        return padded
-    padded = np.pad(padded, [(0, 1 if index == axis else 0) for index in range(2)])
-    if name.endswith(".lora_b") and scaled_by_rank:
-        padded *= np.float32((rank + 1) / rank)
-    return padded
-
-
-def _field(reader: gguf.GGUFReader, name: str, default: Any) -> Any:
-    found = reader.get_field(name)
-    return default if found is None else found.contents()
+def _identity(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

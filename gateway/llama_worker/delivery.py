@@ -68,7 +68,7 @@ async def stream(request: Completion, reply: Reply, mailbox: Mailbox, send: Send
                 tokens += len(event.ids)
             elif isinstance(event, Finished):
                 finished = True
-                frames += [reply.usage_frame(tokens)] if request.include_usage else []
+                frames += [reply.usage_frame(tokens, event.cached)] if request.include_usage else []
                 frames.append(DONE)
             elif not started:
                 raise event
@@ -95,7 +95,7 @@ async def answer(request: Completion, reply: Reply, mailbox: Mailbox, send: Send
                 choice.scores += event.scores
                 choice.finish_reason, choice.stop_reason = event.finish_reason, event.stop_reason
             elif isinstance(event, Finished):
-                await send_json(send, 200, reply.body(choices, event.prompt_scores))
+                await send_json(send, 200, reply.body(choices, event.prompt_scores, event.cached))
                 return
             else:
                 raise event

@@ -13,6 +13,8 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -26,14 +28,24 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway.errors import BodyTooLarge, EngineUnavailable, ModelNotFound, RequestError, TunegateError, Unauthorized
 from gateway.llama_worker.adapters import Adapters
 from gateway.llama_worker.delivery import Gone, Mailbox, answer, call_soon, send_json, stream, watch
+from gateway.llama_worker.embedding import Embedder, EmbeddingJob
+from gateway.llama_worker.fields import Limits, parse_body
 from gateway.llama_worker.generation import Generation
 from gateway.llama_worker.metrics import CONTENT_TYPE, Metrics
 from gateway.llama_worker.scheduler import Scheduler
+from gateway.llama_worker.structured.compiler import Compiler
+from gateway.llama_worker.texts import (
+    embedding_body,
+    parse_detokenize,
+    parse_embedding,
+    parse_tokenize,
+    tokenize_body,
+)
+from gateway.llama_worker.vocabulary import NativeVocabulary
 from gateway.llama_worker.wire import (
-    Limits,
+    Completion,
     Reply,
     parse_adapter,
-    parse_body,
     parse_completion,
 )
 
@@ -41,6 +53,7 @@ log = logging.getLogger(__name__)
 
 BODY_LIMIT_BYTES = 8 * 2**20
 RETRY_AFTER_S = 1
+SILENCE_S = 60.0  # of the decode loop while it has work: longer than any one step, a chunk of a large model included
 
 
 class Front:
@@ -56,6 +69,9 @@ class Front:
         key: str,
         version: dict[str, Any],
         max_queue: int,
+        vocabulary: NativeVocabulary,
+        embedder: Embedder,
+        silence_s: float = SILENCE_S,
     ) -> None:
         self._scheduler = scheduler
         self._adapters = adapters
@@ -63,8 +79,13 @@ class Front:
         self._limits = limits
         self._served_name = served_name
         self._version = version
+        self._compiler = Compiler(vocabulary.pieces)
+        self._vocabulary = vocabulary
+        self._pool = ThreadPoolExecutor(1, "texts")
+        self._embedder = embedder
         self._in_flight = 0  # choices asked for and not yet answered; touched on the loop only
         self._in_flight_limit = limits.max_num_seqs + max_queue
+        self._silence_s = silence_s
         self._started_at = int(time.time())
         self.draining = False
         routes = [
@@ -73,6 +94,9 @@ class Front:
             Route("/metrics", self._show_metrics, methods=["GET"]),
             Route("/v1/models", self._models, methods=["GET"]),
             Route("/v1/completions", _Endpoint(self._complete), methods=["POST"]),
+            Route("/v1/embeddings", self._embed, methods=["POST"]),
+            Route("/tokenize", self._tokenize, methods=["POST"]),
+            Route("/detokenize", self._detokenize, methods=["POST"]),
             Route("/v1/load_lora_adapter", self._load, methods=["POST"]),
             Route("/v1/unload_lora_adapter", self._unload, methods=["POST"]),
         ]
@@ -82,12 +106,17 @@ class Front:
     async def _health(self, request: Request) -> Response:
         if self.draining:
             raise EngineUnavailable("The worker is shutting down.", retry_after_s=RETRY_AFTER_S)
+        silent_s = self._scheduler.heartbeat.silent_s()
+        if silent_s > self._silence_s:
+            why = f"The decode loop has made no progress for {silent_s:.0f} s."
+            raise EngineUnavailable(why, retry_after_s=RETRY_AFTER_S)
         return PlainTextResponse("ok")
 
     async def _show_version(self, request: Request) -> Response:
         return _json(self._version)
 
     async def _show_metrics(self, request: Request) -> Response:
+        self._metrics.http_cpu.set(time.thread_time())
         return Response(self._metrics.text(), media_type=CONTENT_TYPE)
 
     async def _models(self, request: Request) -> Response:
@@ -106,6 +135,43 @@ class Front:
             for name, root, parent in listed
         ]
         return _json({"object": "list", "data": data})
+
+    async def _embed(self, request: Request) -> Response:
+        asked = parse_embedding(parse_body(await _read_body(request.receive)), self._limits)
+        if asked.model != self._served_name:
+            if self._adapters.get(asked.model) is None:
+                raise ModelNotFound(asked.model)
+            raise RequestError(f"model is {asked.model!r}; embeddings are made by the base alone.", param="model")
+        if self._embedder.pooling is None:
+            raise RequestError(
+                f"The model {asked.model!r} makes no embeddings: its GGUF names no pooling (mean, cls or last).",
+                param="model",
+            )
+        if self.draining or self._in_flight >= self._in_flight_limit:
+            raise EngineUnavailable(
+                "The worker has its limit of requests in flight; try again.", retry_after_s=RETRY_AFTER_S
+            )
+        job = EmbeddingJob(asked.inputs)
+        watcher = asyncio.ensure_future(_give_up_when_gone(request.receive, job))
+        self._in_flight += 1
+        try:
+            await self._ask(lambda reply: self._scheduler.attend(self._embedder.steps(job), reply))
+        finally:
+            watcher.cancel()
+            job.given_up = True
+            self._in_flight -= 1
+        self._metrics.prompt_tokens.inc(asked.tokens)
+        return Response(embedding_body(asked, job.vectors), media_type="application/json")
+
+    async def _tokenize(self, request: Request) -> Response:
+        asked = parse_tokenize(parse_body(await _read_body(request.receive)))
+        ids = await self._aside(self._vocabulary.tokenize, asked.prompt, asked.add_special_tokens)
+        spelled = [self._vocabulary.piece(token, special=True) for token in ids] if asked.return_token_strs else None
+        return Response(tokenize_body(ids, spelled, self._limits), media_type="application/json")
+
+    async def _detokenize(self, request: Request) -> Response:
+        ids = parse_detokenize(parse_body(await _read_body(request.receive)), self._limits)
+        return _json({"prompt": await self._aside(self._vocabulary.detokenize, ids)})
 
     async def _load(self, request: Request) -> Response:
         name, path = parse_adapter(parse_body(await _read_body(request.receive)))
@@ -134,9 +200,11 @@ class Front:
         request = parse_completion(parse_body(await _read_body(receive)), self._limits)
         if request.model != self._served_name and self._adapters.get(request.model) is None:
             raise ModelNotFound(request.model)
+        request = await self._with_structure(request)
         if self.draining or self._in_flight + request.n > self._in_flight_limit:
             why = "is shutting down" if self.draining else f"has {self._in_flight} sequences in flight, its limit"
-            raise EngineUnavailable(f"The worker {why}; try again.", retry_after_s=RETRY_AFTER_S)
+            after_s = RETRY_AFTER_S if self.draining else self._scheduler.retry_after_s(request.n)
+            raise EngineUnavailable(f"The worker {why}; try again.", retry_after_s=after_s)
         mailbox = Mailbox()
         generation = Generation(request, mailbox.put)
         reply = Reply(f"cmpl-{uuid.uuid4().hex}", request)
@@ -151,6 +219,24 @@ class Front:
             self._in_flight -= request.n
             watcher.cancel()
             self._scheduler.cancel(generation)  # does nothing to one that is over
+
+    async def _aside(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """What may take longer than other requests should wait."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
+
+    async def _with_structure(self, request: Completion) -> Completion:
+        if request.wish is None:
+            return request
+        structure = self._compiler.known(request.wish)
+        if structure is None:
+            structure = await self._aside(self._compiler.compile, request.wish)
+        return replace(request, sampling=replace(request.sampling, structure=structure))
+
+
+async def _give_up_when_gone(receive: Receive, job: EmbeddingJob) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    job.given_up = True
 
 
 class _Endpoint:

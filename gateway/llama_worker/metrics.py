@@ -13,23 +13,39 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        name = "tunegate_worker"
-        self.running = Gauge(f"{name}_sequences_running", "Sequences that hold a place", registry=self._registry)
-        self.waiting = Gauge(f"{name}_requests_waiting", "Requests queued for a place", registry=self._registry)
-        self.adapters = Gauge(f"{name}_adapters", "Adapters in memory", registry=self._registry)
-        self.prompt_tokens = Counter(f"{name}_prompt_tokens", "Prompt tokens computed", registry=self._registry)
-        self.generated_tokens = Counter(f"{name}_generated_tokens", "Tokens generated", registry=self._registry)
+        self.running = self._gauge("sequences_running", "Sequences that hold a place")
+        self.waiting = self._gauge("requests_waiting", "Requests queued for a place")
+        self.adapters = self._gauge("adapters", "Adapters registered")
+        self.adapters_in_memory = self._gauge("adapters_in_memory", "Adapters in memory")
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens computed")
+        self.cached_tokens = self._counter("cached_tokens", "Prompt tokens taken from the prefix cache")
+        self.generated_tokens = self._counter("generated_tokens", "Tokens generated")
+        self.cache_bytes = self._gauge("prefix_cache_bytes", "Memory that saved prefixes take")
+        self.cache_entries = self._gauge("prefix_cache_entries", "Saved prefixes")
+        self.kv_positions = self._gauge("kv_positions_used", "KV positions that sequences hold")
+        self.kv_capacity = self._gauge("kv_positions", "KV positions there are")
+        self.moves = self._counter("sequences_moved", "Sequences moved to sit beside their group")
+        self.turns = self._counter("adapter_turns", "Changes from one adapter's work to another's")
+        self.loop_cpu = self._gauge("loop_cpu_seconds", "CPU time of the decode loop outside llama.cpp")
+        self.http_cpu = self._gauge("http_cpu_seconds", "CPU time of the HTTP thread")
         self.finished = Counter(
-            f"{name}_sequences_finished", "Sequences that ended, by reason", ["reason"], registry=self._registry
+            "tunegate_worker_sequences_finished", "Sequences that ended, by reason", ["reason"], registry=self._registry
         )
-        self.step_seconds = Histogram(
-            f"{name}_step_seconds",
+        steps = Histogram(
+            "tunegate_worker_step_seconds",
             "Time of one llama_decode, by kind",
             ["kind"],
             buckets=STEP_SECONDS,
             registry=self._registry,
         )
+        self.step_seconds = {kind: steps.labels(kind) for kind in ("prompt", "decode")}
 
     def text(self) -> bytes:
         """The exposition format."""
         return generate_latest(self._registry)
+
+    def _gauge(self, name: str, meaning: str) -> Gauge:
+        return Gauge(f"tunegate_worker_{name}", meaning, registry=self._registry)
+
+    def _counter(self, name: str, meaning: str) -> Counter:
+        return Counter(f"tunegate_worker_{name}", meaning, registry=self._registry)

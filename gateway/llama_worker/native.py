@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +22,11 @@ log = logging.getLogger(__name__)
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
 
-FLASH_ATTENTION_OFF = 0
-KV_BYTES_PER_VALUE = 2  # f16, llama.cpp's default for both K and V
+FLASH_ATTENTION_OFF, FLASH_ATTENTION_ON = 0, 1
+KV_TYPES = {"f32": (0, 4), "f16": (1, 2)}  # name: (ggml's number, bytes a value)
+DEFAULT_KV_TYPE = "f16"
 LOG_LEVEL_ERROR = 4
 LOG_LEVEL_CONTINUED = 5
 
@@ -87,12 +90,19 @@ class Model:
         self.end_ids = frozenset(i for i in range(self.vocab_size) if llama.llama_vocab_is_eog(self._vocab, i))
 
     @property
-    def kv_bytes_per_token(self) -> int:
+    def restorable(self) -> bool:
+        """Whether the KV of a prompt serves any of its beginnings: not with a sliding window or a recurrent state."""
+        windowed = int(llama.llama_model_n_swa(self.pointer)) > 0
+        return not (
+            windowed or llama.llama_model_is_recurrent(self.pointer) or llama.llama_model_is_hybrid(self.pointer)
+        )
+
+    def kv_bytes_per_token(self, kv_type: str = DEFAULT_KV_TYPE) -> int:
         """Bytes of KV that one position of one sequence takes (an upper bound where layers differ)."""
         heads = max(1, llama.llama_model_n_head(self.pointer))
         kv_heads = llama.llama_model_n_head_kv(self.pointer) or heads
         width = llama.llama_model_n_embd(self.pointer) * kv_heads // heads
-        return int(llama.llama_model_n_layer(self.pointer) * width * 2 * KV_BYTES_PER_VALUE)
+        return int(llama.llama_model_n_layer(self.pointer) * width * 2 * KV_TYPES[kv_type][1])
 
     def load_adapter(self, path: Path) -> Adapter:
         """The adapter in the GGUF file at `path`; NativeError with llama.cpp's reason when it refuses."""
@@ -116,6 +126,7 @@ class ContextSize:
     context: int
     sequences: int
     batch: int
+    kv_type: str = DEFAULT_KV_TYPE
 
 
 class Context:
@@ -131,7 +142,6 @@ class Context:
         size: ContextSize,
         threads: int,
         flash_attention: int = FLASH_ATTENTION_OFF,
-        should_abort: Callable[[], bool] | None = None,
     ) -> None:
         params = llama.llama_context_default_params()
         params.n_ctx = size.context * size.sequences
@@ -140,6 +150,7 @@ class Context:
         params.kv_unified = False
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = flash_attention
+        params.type_k = params.type_v = KV_TYPES[size.kv_type][0]
         params.no_perf = True
         self.size = size
         self._model = model
@@ -148,6 +159,8 @@ class Context:
             raise NativeError(f"llama.cpp cannot make a context of {size}: {model._log.take_errors()}")
         self._memory = llama.llama_get_memory(self.pointer)
         self.adapter: Adapter | None = None  # of the next decode
+        self.native_cpu_s = 0.0  # CPU time of the calling thread in decode, save and restore
+        self._logits: tuple[int, Floats] | None = None  # llama.cpp's buffer and where it was
         self._allocate_batch(size.batch)
         self.context = int(llama.llama_n_ctx_seq(self.pointer))
 
@@ -164,14 +177,15 @@ class Context:
         self._sequences[:count] = sequences
         self._wanted[:count] = wanted
         self._batch.n_tokens = count
+        before = time.thread_time()
         status = llama.llama_decode(self.pointer, self._batch)
+        self.native_cpu_s += time.thread_time() - before
         if status:
             raise NativeError(f"llama_decode returned {status}: {self._model._log.take_errors()}")
         rows = int(np.count_nonzero(self._wanted[:count]))
         if not rows:
             return np.empty((0, self._model.vocab_size), dtype=np.float32)
-        buffer = llama.llama_get_logits(self.pointer)
-        return np.ctypeslib.as_array(buffer, shape=(rows, self._model.vocab_size))
+        return self._buffer()[:rows]
 
     def use_adapter(self, adapter: Adapter | None) -> None:
         """Makes the next decodes run under `adapter`, or under the base alone."""
@@ -190,15 +204,47 @@ class Context:
         """Forgets the KV of a sequence."""
         llama.llama_memory_seq_rm(self._memory, sequence, -1, -1)
 
-    def copy(self, source: int, target: int) -> None:
-        """Gives `target` a copy of the KV of `source`."""
-        llama.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+    def length(self, sequence: int) -> int:
+        """How many positions of a sequence have KV."""
+        return int(llama.llama_memory_seq_pos_max(self._memory, sequence)) + 1
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forgets the KV of a sequence from position `length` on."""
+        llama.llama_memory_seq_rm(self._memory, sequence, length, -1)
+
+    def save(self, sequence: int) -> Bytes:
+        """The KV of a sequence as llama.cpp writes it: as large as the positions in use."""
+        before = time.thread_time()
+        size = llama.llama_state_seq_get_size(self.pointer, sequence)
+        blob = np.empty(size, dtype=np.uint8)
+        written = llama.llama_state_seq_get_data(self.pointer, _pointer(blob), size, sequence)
+        self.native_cpu_s += time.thread_time() - before
+        if not size or written != size:
+            raise NativeError(f"llama.cpp cannot write out sequence {sequence}: {self._model._log.take_errors()}")
+        return blob
+
+    def restore(self, sequence: int, blob: Bytes) -> None:
+        """Replaces the KV of a sequence by what `save` gave, of this or of another sequence."""
+        before = time.thread_time()
+        read = llama.llama_state_seq_set_data(self.pointer, _pointer(blob), len(blob), sequence)
+        self.native_cpu_s += time.thread_time() - before
+        if read != len(blob):
+            self.clear(sequence)
+            raise NativeError(f"llama.cpp cannot read back sequence {sequence}: {self._model._log.take_errors()}")
 
     def close(self) -> None:
         """Frees it; before its adapters and its model."""
         if self.pointer:
             llama.llama_free(self.pointer)
             self.pointer = None
+
+    def _buffer(self) -> Floats:
+        pointer = llama.llama_get_logits(self.pointer)
+        address = ctypes.addressof(pointer.contents)
+        if self._logits is None or self._logits[0] != address:  # llama.cpp moves it when more rows are asked for
+            rows = max(self.size.batch, self.size.sequences)
+            self._logits = address, np.ctypeslib.as_array(pointer, shape=(rows, self._model.vocab_size))
+        return self._logits[1]
 
     def _allocate_batch(self, size: int) -> None:
         # The C struct points into numpy arrays that we fill: no per-token ctypes call in the loop.
@@ -220,6 +266,10 @@ class Context:
             kind = dict(llama.llama_batch._fields_)[field]
             setattr(batch, field, ctypes.cast(array.ctypes.data, kind))
         self._batch = batch
+
+
+def _pointer(blob: Bytes) -> object:
+    return blob.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 def library_version() -> str:

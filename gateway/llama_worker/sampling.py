@@ -2,21 +2,27 @@
 
 Its rule: a token depends on the sequence's own logits, history, parameters and random stream, and on nothing else, so that
 the same seed gives the same text whatever else runs. The order is vLLM's: bias, floor of `min_tokens`, penalties, (greedy
-choice or) temperature, min_p, top_k, top_p.
+choice or) temperature, min_p, top_k, top_p. A grammar comes last, as in llama.cpp: the choice is made without it, and made
+again among what it leaves when it refuses; so it costs next to nothing where the model goes its way anyhow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+from gateway.errors import RequestError
+from gateway.llama_worker.structured.constraint import Constraint, Structure
+
 Logits = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
 GREEDY_BELOW = 1e-5  # a temperature under this is 0, as in vLLM
+FILTER_ROUNDS = 8
+ROUND = 64  # candidates that are tried before those that were refused are left out
 
 
 @dataclass(frozen=True)
@@ -36,10 +42,11 @@ class Sampling:
     ignore_eos: bool = False
     min_tokens: int = 0
     logit_bias: dict[int, float] = field(default_factory=dict)
+    structure: Structure | None = None  # what the text is held to
 
 
 class Sampler:
-    """The random stream, the history and the rules of one sequence."""
+    """The random stream, the history and the rules of one sequence. `ended`: nothing may follow what was chosen."""
 
     def __init__(
         self, sampling: Sampling, prompt_ids: Sequence[int], index: int, vocab_size: int, end_ids: frozenset[int]
@@ -50,6 +57,8 @@ class Sampler:
         self._bias_ids = np.fromiter(sampling.logit_bias, dtype=np.int64)
         self._bias = np.fromiter(sampling.logit_bias.values(), dtype=np.float32)
         ends = sampling.stop_ids if sampling.ignore_eos else sampling.stop_ids | end_ids
+        self._constraint: Constraint | None = sampling.structure.constraint(ends) if sampling.structure else None
+        self.ended = False
         self._floor_ids = np.fromiter(ends, dtype=np.int64)
         self._generated = 0
         self._penalised = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
@@ -61,8 +70,12 @@ class Sampler:
             self._seen[np.asarray(prompt_ids, dtype=np.int64)] = True
 
     def choose(self, logits: Logits) -> int:
-        """The next token for `logits` (vocab); remembers it. The array is not changed."""
-        token = self._pick(self._adjust(logits))
+        """The next token for `logits` (vocab); remembers it. The array is not changed.
+
+        Raises RequestError when what the text is held to allows no token, or takes too long to follow.
+        """
+        adjusted = self._adjust(logits)
+        token = self._pick(adjusted) if self._constraint is None else self._pick_held(adjusted, self._constraint)
         self._generated += 1
         if self._counts is not None:
             self._counts[token] += 1
@@ -90,20 +103,63 @@ class Sampler:
         return logits
 
     def _pick(self, logits: Logits) -> int:
-        sampling = self.sampling
-        if sampling.temperature < GREEDY_BELOW:
+        if self.sampling.temperature < GREEDY_BELOW:
             return int(logits.argmax())
-        weights = np.exp(
-            (logits - logits.max()) / np.float32(sampling.temperature)
-        )  # largest = 1: min_p is a threshold
+        ids, weights = self._filtered(logits)
+        drawn = self._draw(weights)
+        return drawn if ids is None else int(ids[drawn])
+
+    def _pick_held(self, logits: Logits, constraint: Constraint) -> int:
+        """The choice without the constraint if it allows that, else the choice among what it may allow."""
+        constraint.begin()
+        token = self._pick(logits)
+        if not constraint.allows(token):
+            token = next((other for other in self._ordered(logits, constraint) if constraint.allows(other)), -1)
+            if token < 0:
+                raise RequestError(
+                    "The grammar or schema asks for text that no token of this model can begin.",
+                    param="structured_outputs",
+                )
+        constraint.accept(token)
+        self.ended = constraint.ended
+        return token
+
+    def _ordered(self, logits: Logits, constraint: Constraint) -> Iterator[int]:
+        """The candidates: what the filters leave in a random order of the right probabilities; then the rest, likeliest first.
+
+        Weights divided by exponential noise: the largest is a draw from the weights, the next largest a draw from what is
+        left; so the first that is allowed is a draw from those that are. Each round leaves out what was refused by then, with
+        all that begins like it. Where the grammar refuses whatever the filters leave, they are not asked for ever.
+        """
+        rounds = 0
+        while True:
+            ids = constraint.candidates()
+            ids = ids[logits[ids] > -np.inf]
+            if not len(ids):
+                return
+            values = logits[ids]
+            if self.sampling.temperature >= GREEDY_BELOW and rounds < FILTER_ROUNDS:
+                kept, weights = self._filtered(values)
+                noise = self._random.standard_exponential(len(weights), dtype=np.float32) + np.float32(1e-30)
+                ids, values = (ids if kept is None else ids[kept]), weights / noise
+                rounds += kept is not None
+            few = min(ROUND, len(ids))
+            places = np.argpartition(values, len(values) - few)[-few:]
+            yield from ids[places[np.lexsort((places, -values[places]))]].tolist()
+
+    def _filtered(self, logits: Logits) -> tuple[Ids | None, Logits]:
+        """(places of what temperature, min_p, top_k and top_p leave; their weights, the largest 1), None for all places."""
+        sampling = self.sampling
+        # The largest weight is 1, so min_p is a threshold.
+        weights = np.exp((logits - logits.max()) / np.float32(sampling.temperature))
         if sampling.min_p == 0 and sampling.top_k == 0 and sampling.top_p == 1:
-            return self._draw(weights)
+            return None, weights
         ids = np.flatnonzero(weights >= np.float32(sampling.min_p))
         if 0 < sampling.top_k < len(ids):
             ids = _largest(weights, ids, sampling.top_k)
         if sampling.top_p < 1:
             ids = _nucleus(weights, ids, sampling.top_p)
-        return int(ids[self._draw(weights[ids])])
+        return ids, weights[ids]
 
     def _draw(self, weights: Logits) -> int:
         cumulative = np.cumsum(weights, dtype=np.float64)

@@ -1,42 +1,46 @@
-"""The decode loop: which sequence runs in which step. The worker's main thread lives here.
+"""The decode loop: which request runs in which round. The worker's main thread lives here.
 
-One round = the commands that arrived, one prompt chunk of one request, then one decode step for each adapter in use. So
-sequences join and leave at every round, a long prompt never stalls the others for more than a chunk, and every running
-sequence gets one token a round whatever its adapter.
+One round = the commands that arrived, then for the adapter whose turn it is one prompt chunk of one request and one decode
+step of all its running sequences. So sequences join and leave at every round, a long prompt holds up the others by a chunk
+at a time, and a cancelled request is out within one step.
 
-Its rules, which make a reply the same alone and under load:
-- a prompt is computed in chunks whose borders lie at multiples of PROMPT_CHUNK, one request a decode;
-- a decode step holds one token of each sequence of one adapter, and each sequence's KV is a stream of its own;
-- KV belongs to one request, hence to one adapter: it is cleared before its place is given to another.
+    inbox ──▶ waiting ──places, adapter──▶ filling ──last chunk──▶ running ──▶ events, one hand-over a round
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
-import numpy as np
-
 from gateway.errors import EngineUnavailable, ModelNotFound, TunegateError
-from gateway.llama_worker.adapters import Adapters
-from gateway.llama_worker.generation import Event, Finished, Generation, Sequence
+from gateway.llama_worker.adapters import Adapters, Registered
+from gateway.llama_worker.decoder import Decoder
+from gateway.llama_worker.filling import Filling
+from gateway.llama_worker.generation import Event, Generation
+from gateway.llama_worker.heartbeat import Heartbeat
 from gateway.llama_worker.metrics import Metrics
-from gateway.llama_worker.native import Adapter, Context, Floats, Model, NativeError
-from gateway.llama_worker.sampling import Sampler
-from gateway.llama_worker.scoring import score_rows
-from gateway.llama_worker.wire import Choice
+from gateway.llama_worker.native import Context, Model, NativeError
+from gateway.llama_worker.places import Places
+from gateway.llama_worker.prefix_cache import PrefixCache
+from gateway.llama_worker.running import Running
+from gateway.llama_worker.turns import Turns
 
 log = logging.getLogger(__name__)
 
-PROMPT_CHUNK = 64
+Reply = Callable[[TunegateError | None], None]
+
 FAILURES_IN_A_ROW = 3  # then the process gives up: a fresh one is the better cure
+LONGEST_RETRY_AFTER_S = 60
+REPORT_EVERY_S = 0.02  # the gauges; a small model makes a thousand steps a second
+MEMORY = 0.3  # of a new measurement in a running mean
 
 
 class Scheduler:
-    """Owns the context; `submit`, `cancel`, `load`, `unload` and `stop` may be called from any thread."""
+    """Owns the context; `submit`, `cancel`, `load`, `unload`, `attend` and `stop` may be called from any thread."""
 
     def __init__(
         self,
@@ -44,10 +48,10 @@ class Scheduler:
         context: Context,
         adapters: Adapters,
         served_name: str,
+        cache: PrefixCache,
         metrics: Metrics,
         publish: Callable[[list[tuple[Generation, Event]]], None],
     ) -> None:
-        self._model = model
         self._context = context
         self._adapters = adapters
         self._served_name = served_name
@@ -55,33 +59,55 @@ class Scheduler:
         self._publish = publish
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._events: list[tuple[Generation, Event]] = []
+        self._turns = Turns()
+        self._places = Places(context)
+        self._decoder = Decoder(context, adapters, metrics, self._turns)
         self._waiting: deque[Generation] = deque()
-        self._filling: deque[Generation] = deque()
-        self._running: list[Sequence] = []
-        self._free_places = list(range(context.size.sequences))[::-1]
-        self._unloading: list[tuple[str, Adapter, Callable[[TunegateError | None], None]]] = []
+        self._filling = Filling(self._decoder, self._places, cache, metrics)
+        self._running = Running(model, self._decoder, self._places, metrics, self._emit, self._fail_one)
+        self._errands: deque[tuple[Iterator[bool], Reply]] = deque()
+        self._unloading: list[tuple[Registered, Reply]] = []
         self._failures = 0
+        self._reported_at = 0.0
         self._stop_at: float | None = None
+        self._counted = 0  # places that were free again at the last look
+        self._counted_at = time.monotonic()
+        self._place_every_s = 1.0  # one has become free so often of late
+        self.heartbeat = Heartbeat()
+        metrics.kv_capacity.set(context.context * context.size.sequences)
 
     def submit(self, generation: Generation) -> None:
         """Queues a request."""
-        self._inbox.put(lambda: self._enqueue(generation))
+        self._put(lambda: self._enqueue(generation))
 
     def cancel(self, generation: Generation) -> None:
         """Ends a request within a round; no further event is delivered."""
-        self._inbox.put(lambda: self._drop(generation))
+        self._put(lambda: self._drop(generation))
 
-    def load(self, name: str, directory: str | None, reply: Callable[[TunegateError | None], None]) -> None:
-        """Loads an adapter between two rounds; `reply` is called on the loop's thread."""
-        self._inbox.put(lambda: self._load(name, directory, reply))
+    def load(self, name: str, directory: str | None, reply: Reply) -> None:
+        """Registers an adapter between two rounds; `reply` is called on the loop's thread."""
+        self._put(lambda: self._load(name, directory, reply))
 
-    def unload(self, name: str, reply: Callable[[TunegateError | None], None]) -> None:
+    def unload(self, name: str, reply: Reply) -> None:
         """Withdraws a name at once and replies when its last request has ended."""
-        self._inbox.put(lambda: self._unload(name, reply))
+        self._put(lambda: self._unload(name, reply))
+
+    def attend(self, steps: Iterator[bool], reply: Reply) -> None:
+        """Takes one of `steps` a round; where one gives True, another errand's may come next.
+
+        `reply` is called on the loop's thread.
+        """
+        self._put(lambda: self._errands.append((steps, reply)))
 
     def stop(self, grace_s: float) -> None:
         """Ends the loop when nothing runs, or after `grace_s`. Safe in a signal handler."""
-        self._inbox.put(lambda: self._stop(grace_s))
+        self._put(lambda: self._stop(grace_s))
+
+    def retry_after_s(self, ahead: int) -> int:
+        """When a request behind `ahead` others may find room, at the pace of late. For any thread."""
+        since_s = time.monotonic() - self._counted_at
+        expected_s = max(self._place_every_s, since_s) * max(1, ahead)
+        return max(1, min(LONGEST_RETRY_AFTER_S, math.ceil(expected_s)))
 
     def run(self) -> None:
         """The loop. Returns after `stop`; NativeError when llama.cpp keeps failing."""
@@ -90,21 +116,32 @@ class Scheduler:
             if self._stop_at is not None and (not self._busy or time.monotonic() >= self._stop_at):
                 break
             self._start_waiting()
-            self._compute_prompt_chunk()
-            for adapter in self._adapters_in_use():
-                self._decode_step(adapter)
+            self._compute()
+            self._step_errand()
             self._free_withdrawn()
             self._flush()
-        self._fail(list(self._generations()), EngineUnavailable("The worker is shutting down.", retry_after_s=1))
+            self.heartbeat.beat()
+        stopping = EngineUnavailable("The worker is shutting down.", retry_after_s=1)
+        for generation in list(self._generations()):
+            self._fail_one(generation, stopping)
+        for _, reply in self._errands:
+            reply(stopping)
         self._flush()
+
+    def _put(self, command: Callable[[], None]) -> None:
+        self._inbox.put(command)
+        self.heartbeat.asked()
 
     @property
     def _busy(self) -> bool:
-        return bool(self._waiting or self._filling or self._running)
+        return bool(self._waiting or len(self._filling) or self._running.groups or self._errands)
 
     def _take_commands(self) -> None:
         if not self._busy and self._stop_at is None:
-            self._inbox.get()()
+            self.heartbeat.rest()
+            command = self._inbox.get()
+            self.heartbeat.asked()
+            command()
         while True:
             try:
                 command = self._inbox.get_nowait()
@@ -119,7 +156,7 @@ class Scheduler:
         if name != self._served_name:
             generation.adapter = self._adapters.get(name)
             if generation.adapter is None:
-                self._fail([generation], ModelNotFound(name))
+                self._fail_one(generation, ModelNotFound(name))
                 self._flush()
                 return
         self._waiting.append(generation)
@@ -127,28 +164,28 @@ class Scheduler:
     def _drop(self, generation: Generation) -> None:
         if not generation.over:
             self._metrics.finished.labels("cancelled").inc(len(generation.places) or generation.request.n)
-            self._release(generation)
+            self._release(generation, keep_prompt=True)
         if not self._busy:
             self._free_withdrawn()
             self._flush()
 
-    def _load(self, name: str, directory: str | None, reply: Callable[[TunegateError | None], None]) -> None:
+    def _load(self, name: str, directory: str | None, reply: Reply) -> None:
         try:
-            self._adapters.load(name, directory)
+            self._adapters.load(name, directory, self._context, self._adapters_used())
         except TunegateError as error:
             reply(error)
             return
-        self._metrics.adapters.set(len(self._adapters.names()))
+        self._count_adapters()
         reply(None)
 
-    def _unload(self, name: str, reply: Callable[[TunegateError | None], None]) -> None:
+    def _unload(self, name: str, reply: Reply) -> None:
         try:
-            adapter = self._adapters.withdraw(name)
+            entry = self._adapters.withdraw(name)
         except TunegateError as error:
             reply(error)
             return
-        self._metrics.adapters.set(len(self._adapters.names()))
-        self._unloading.append((name, adapter, reply))
+        self._count_adapters()
+        self._unloading.append((entry, reply))
         self._free_withdrawn()
 
     def _stop(self, grace_s: float) -> None:
@@ -159,175 +196,137 @@ class Scheduler:
 
     def _start_waiting(self) -> None:
         # First come, first served: a request with a large n waits for its places, and nobody overtakes it.
-        while self._waiting and len(self._free_places) >= self._waiting[0].request.n:
-            generation = self._waiting.popleft()
-            generation.places = [self._free_places.pop() for _ in range(generation.request.n)]
-            self._filling.append(generation)
+        while self._waiting and self._places.free >= self._waiting[0].request.n:
+            generation = self._waiting[0]
+            if generation.adapter is not None:
+                try:
+                    if not self._adapters.bring_in(generation.adapter, self._context, self._adapters_used()):
+                        return  # all that are in memory are in use
+                except TunegateError as error:
+                    self._fail_one(generation, error)
+                    continue
+            self._waiting.popleft()
+            generation.places = self._places.take(generation.group, generation.request.n)
+            self._filling.add(generation)
 
-    def _compute_prompt_chunk(self) -> None:
-        if not self._filling:
+    def _compute(self) -> None:
+        groups = list(dict.fromkeys([*(each.group for each in self._filling), *self._running.groups]))
+        if not groups:
             return
-        generation = self._filling.popleft()
-        request = generation.request
-        start = generation.computed
-        ids = request.prompt_ids[start : start - start % PROMPT_CHUNK + PROMPT_CHUNK]
-        end = start + len(ids)
-        last = end == len(request.prompt_ids)
-        scored = request.prompt_logprobs is not None
-        wanted = [scored] * (len(ids) - 1) + [scored or last]
-        places = [generation.places[0]] * len(ids)
+        before, group = self._turns.current, self._turns.next(groups)
+        if group != before:
+            self._metrics.turns.inc()
         try:
-            logits = self._decode("prompt", generation.adapter, ids, list(range(start, end)), places, wanted)
+            done = self._filling.compute_chunk(group)
+            if done is not None:
+                self._running.start(*done)
         except NativeError as error:
-            self._native_failure([generation], error)
+            self._native_failure([self._filling.current] if self._filling.current else [], error)
+        if group not in self._running.groups:
             return
-        generation.computed = end
-        self._metrics.prompt_tokens.inc(len(ids))
-        if scored:
-            following = request.prompt_ids[start + 1 : end + 1]
-            generation.prompt_scores += score_rows(logits[: len(following)], following, request.prompt_logprobs or 0)
-        if last:
-            self._start_choices(generation, logits[-1])
+        try:
+            self._close_gap(group)
+            self._running.step(group)
+            self._failures = 0
+        except NativeError as error:
+            self._native_failure([each for each in self._running.generations() if each.group == group], error)
+
+    def _close_gap(self, group: int) -> None:
+        move = self._places.close_gap(group)
+        if move is None:
+            return
+        self._metrics.moves.inc()
+        if not self._running.moved(group, *move):
+            source, target = move
+            generation = next(each for each in self._filling if source in each.places)
+            generation.places[generation.places.index(source)] = target
+
+    def _step_errand(self) -> None:
+        if not self._errands:
+            return
+        steps, reply = self._errands.popleft()
+        try:
+            others_first = next(steps)
+        except StopIteration:
+            reply(None)
+        except NativeError as error:
+            log.error("an errand failed: %s", error)
+            reply(TunegateError(f"llama.cpp failed: {error}"))
         else:
-            self._filling.append(generation)
+            (self._errands.append if others_first else self._errands.appendleft)((steps, reply))
 
-    def _start_choices(self, generation: Generation, logits: Floats) -> None:
-        request = generation.request
-        for place in generation.places[1:]:
-            self._context.copy(generation.places[0], place)
-        for index, place in enumerate(generation.places):
-            sampler = Sampler(request.sampling, request.prompt_ids, index, self._model.vocab_size, self._model.end_ids)
-            sequence = Sequence(generation, index, place, sampler, len(request.prompt_ids), -1)
-            generation.sequences.append(sequence)
-            self._running.append(sequence)
-        for sequence in list(generation.sequences):
-            self._advance(sequence, logits)
+    def _emit(self, generation: Generation, event: Event) -> None:
+        self._events.append((generation, event))
 
-    def _decode_step(self, adapter: Adapter | None) -> None:
-        group = [sequence for sequence in self._running if sequence.generation.adapter is adapter]
-        try:
-            logits = self._decode(
-                "decode",
-                adapter,
-                [sequence.last_id for sequence in group],
-                [sequence.position for sequence in group],
-                [sequence.place for sequence in group],
-                [True] * len(group),
-            )
-        except NativeError as error:
-            self._native_failure(list({id(s.generation): s.generation for s in group}.values()), error)
-            return
-        for row, sequence in enumerate(group):
-            sequence.position += 1
-            self._advance(sequence, logits[row])
-
-    def _decode(
-        self,
-        kind: str,
-        adapter: Adapter | None,
-        ids: list[int],
-        positions: list[int],
-        places: list[int],
-        wanted: list[bool],
-    ) -> Floats:
-        started = time.perf_counter()
-        self._context.use_adapter(adapter)
-        logits = self._context.decode(ids, positions, places, wanted)
-        self._metrics.step_seconds.labels(kind).observe(time.perf_counter() - started)
-        self._failures = 0
-        return logits
-
-    def _advance(self, sequence: Sequence, logits: Floats) -> None:
-        generation = sequence.generation
-        if generation.over:
-            return
-        if not np.isfinite(logits.max()):
-            name = generation.request.model
-            self._fail([generation], TunegateError(f"The model {name!r} produced logits that are not finite numbers."))
-            return
-        sampling = generation.request.sampling
-        token = sequence.sampler.choose(logits)
-        sequence.last_id = token
-        sequence.generated += 1
-        finish_reason, stop_reason = None, None
-        if token in self._model.end_ids and not sampling.ignore_eos:
-            finish_reason = "stop"
-        elif token in sampling.stop_ids:
-            finish_reason, stop_reason = "stop", token
-        elif sequence.generated >= sampling.max_tokens:
-            finish_reason = "length"
-        wanted = generation.request.logprobs
-        scores = [] if wanted is None else score_rows(logits[None], [token], wanted)
-        self._events.append((generation, Choice(sequence.index, [token], scores, finish_reason, stop_reason)))
-        self._metrics.generated_tokens.inc()
-        if finish_reason:
-            self._end(sequence, finish_reason)
-
-    def _end(self, sequence: Sequence, reason: str) -> None:
-        generation = sequence.generation
-        self._metrics.finished.labels(reason).inc()
-        self._running.remove(sequence)
-        generation.sequences.remove(sequence)
-        generation.places.remove(sequence.place)
-        self._context.clear(sequence.place)
-        self._free_places.append(sequence.place)
-        if not generation.sequences:
-            generation.over = True
-            scores = generation.prompt_scores if generation.request.prompt_logprobs is not None else None
-            self._events.append((generation, Finished(scores)))
-
-    def _release(self, generation: Generation) -> None:
+    def _release(self, generation: Generation, keep_prompt: bool = False) -> None:
         """Takes a generation out of the loop, wherever it is."""
         generation.over = True
-        for line in (self._waiting, self._filling):
-            if generation in line:
-                line.remove(generation)
-        self._running = [sequence for sequence in self._running if sequence.generation is not generation]
-        generation.sequences.clear()
+        if generation in self._waiting:
+            self._waiting.remove(generation)
+        if generation in self._filling:
+            self._filling.remove(generation, keep_prompt)
+        self._running.remove(generation)
         for place in generation.places:
-            self._context.clear(place)
-            self._free_places.append(place)
+            self._places.give_back(place)
         generation.places.clear()
 
-    def _fail(self, generations: list[Generation], error: TunegateError) -> None:
-        for generation in generations:
-            self._metrics.finished.labels("error").inc(len(generation.places) or generation.request.n)
-            self._release(generation)
-            self._events.append((generation, error))
+    def _fail_one(self, generation: Generation, error: TunegateError) -> None:
+        self._metrics.finished.labels("error").inc(len(generation.places) or generation.request.n)
+        self._release(generation)
+        self._emit(generation, error)
 
     def _native_failure(self, generations: list[Generation], error: NativeError) -> None:
         log.error("a decode failed: %s", error)
         self._failures += 1
-        self._fail(generations, TunegateError(f"llama.cpp failed: {error}"))
+        for generation in generations:
+            if not generation.over:
+                self._fail_one(generation, TunegateError(f"llama.cpp failed: {error}"))
         if self._failures >= FAILURES_IN_A_ROW:
             self._flush()
             raise error
 
-    def _adapters_in_use(self) -> list[Adapter | None]:
-        # The adapter of the last decode comes first: a switch makes llama.cpp rebuild its graph.
-        found = list(dict.fromkeys(sequence.generation.adapter for sequence in self._running))
-        return sorted(found, key=lambda adapter: adapter is not self._context.adapter)
-
     def _generations(self) -> Iterator[Generation]:
         yield from self._waiting
         yield from self._filling
-        yield from dict.fromkeys(sequence.generation for sequence in self._running)
+        yield from self._running.generations()
+
+    def _adapters_used(self) -> set[int]:
+        return {each.group for each in [*self._filling, *self._running.generations()] if each.adapter}
 
     def _free_withdrawn(self) -> None:
         if not self._unloading:
             return
-        used = {id(generation.adapter) for generation in self._generations()}
-        for entry in [entry for entry in self._unloading if id(entry[1]) not in used]:
-            name, adapter, reply = entry
-            self._unloading.remove(entry)
-            if self._context.adapter is adapter:
-                self._context.use_adapter(None)  # a freed adapter must be on no context
-            self._adapters.free(name)
+        used = {each.group for each in self._generations()}
+        for entry, reply in [entry for entry in self._unloading if entry[0].serial not in used]:
+            self._unloading.remove((entry, reply))
+            self._adapters.free(entry, self._context)
             reply(None)
+        self._count_adapters()
+
+    def _count_adapters(self) -> None:
+        self._metrics.adapters.set(len(self._adapters.names()))
+        self._metrics.adapters_in_memory.set(self._adapters.in_memory)
+
+    def _pace(self) -> None:
+        """Keeps the mean time from one freed place to the next while there are requests in the queue."""
+        freed, now = self._places.given_back - self._counted, time.monotonic()
+        if freed and self._waiting:
+            self._place_every_s += MEMORY * ((now - self._counted_at) / freed - self._place_every_s)
+        if freed or not self._waiting:
+            self._counted, self._counted_at = self._places.given_back, now
 
     def _flush(self) -> None:
-        self._metrics.running.set(self._context.size.sequences - len(self._free_places))
-        self._metrics.waiting.set(len(self._waiting))
+        self._pace()
+        now = time.monotonic()
+        if now - self._reported_at >= REPORT_EVERY_S or not self._busy:
+            self._reported_at = now
+            self._report()
         if self._events:
             events, self._events = self._events, []
             self._publish(events)
+
+    def _report(self) -> None:
+        self._metrics.loop_cpu.set(time.thread_time() - self._context.native_cpu_s)
+        self._metrics.running.set(self._places.taken)
+        self._metrics.kv_positions.set(self._places.positions_used)
+        self._metrics.waiting.set(len(self._waiting))

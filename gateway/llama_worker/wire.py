@@ -6,7 +6,6 @@ Fields that it does not know are ignored, as vLLM does.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,22 +14,16 @@ from typing import Any
 import orjson
 
 from gateway.errors import ContextLengthExceeded, RequestError
+from gateway.llama_worker.fields import Limits, boolean, ids, integer, number, optional_integer, show, text
 from gateway.llama_worker.sampling import Sampling
 from gateway.llama_worker.scoring import Score
+from gateway.llama_worker.structured.compiler import Wish, read_wish
 
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_IDS = 256
+MAX_SALT = 256
 DONE = b"data: [DONE]\n\n"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a request is held against."""
-
-    max_model_len: int
-    max_num_seqs: int
-    vocab_size: int
 
 
 @dataclass(frozen=True)
@@ -45,6 +38,8 @@ class Completion:
     prompt_logprobs: int | None
     stream: bool
     include_usage: bool
+    wish: Wish | None = None  # what the text is to look like; compiled, it is `sampling.structure`
+    cache_salt: str = ""  # prompts share computed prefixes with those of the same salt only
 
 
 @dataclass
@@ -58,57 +53,48 @@ class Choice:
     stop_reason: int | None = None
 
 
-def parse_body(body: bytes) -> dict[str, Any]:
-    """The body as a JSON object, or a RequestError."""
-    try:
-        fields = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise RequestError(f"The body is not valid JSON: {error}.") from None
-    if not isinstance(fields, dict):
-        raise RequestError(f"The body is a JSON {type(fields).__name__}; it must be an object.")
-    return fields
-
-
 def parse_completion(fields: dict[str, Any], limits: Limits) -> Completion:
     """The request in `fields`; RequestError with its `param` when a value breaks a rule."""
     prompt_ids = _prompt(fields, limits)
-    max_tokens = _integer(fields, "max_tokens", 16, 1, None)
+    max_tokens = integer(fields, "max_tokens", 16, 1, None)
     if len(prompt_ids) + max_tokens > limits.max_model_len:
         raise ContextLengthExceeded(
             f"The prompt has {len(prompt_ids)} tokens and max_tokens is {max_tokens}, {len(prompt_ids) + max_tokens} "
             f"together; this model's context holds {limits.max_model_len}. Shorten the prompt or lower max_tokens.",
             param="prompt" if len(prompt_ids) >= limits.max_model_len else "max_tokens",
         )
-    min_tokens = _integer(fields, "min_tokens", 0, 0, max_tokens)
-    top_k = _integer(fields, "top_k", 0, -1, None)
+    min_tokens = integer(fields, "min_tokens", 0, 0, max_tokens)
+    top_k = integer(fields, "top_k", 0, -1, None)
     sampling = Sampling(
         max_tokens=max_tokens,
-        temperature=_number(fields, "temperature", 1.0, 0.0, 100.0),
-        top_p=_number(fields, "top_p", 1.0, 0.0, 1.0, above_low=True),
+        temperature=number(fields, "temperature", 1.0, 0.0, 100.0),
+        top_p=number(fields, "top_p", 1.0, 0.0, 1.0, above_low=True),
         top_k=max(0, top_k),
-        min_p=_number(fields, "min_p", 0.0, 0.0, 1.0),
-        presence_penalty=_number(fields, "presence_penalty", 0.0, -2.0, 2.0),
-        frequency_penalty=_number(fields, "frequency_penalty", 0.0, -2.0, 2.0),
-        repetition_penalty=_number(fields, "repetition_penalty", 1.0, 0.0, 100.0, above_low=True),
+        min_p=number(fields, "min_p", 0.0, 0.0, 1.0),
+        presence_penalty=number(fields, "presence_penalty", 0.0, -2.0, 2.0),
+        frequency_penalty=number(fields, "frequency_penalty", 0.0, -2.0, 2.0),
+        repetition_penalty=number(fields, "repetition_penalty", 1.0, 0.0, 100.0, above_low=True),
         seed=_seed(fields),
-        stop_ids=frozenset(_ids(fields.get("stop_token_ids"), "stop_token_ids", limits, MAX_STOP_IDS)),
-        ignore_eos=_boolean(fields, "ignore_eos"),
+        stop_ids=frozenset(ids(fields.get("stop_token_ids"), "stop_token_ids", limits, MAX_STOP_IDS)),
+        ignore_eos=boolean(fields, "ignore_eos"),
         min_tokens=min_tokens,
         logit_bias=_logit_bias(fields.get("logit_bias"), limits),
     )
-    stream = _boolean(fields, "stream")
-    prompt_logprobs = _optional_integer(fields, "prompt_logprobs", 0, MAX_LOGPROBS)
+    stream = boolean(fields, "stream")
+    prompt_logprobs = optional_integer(fields, "prompt_logprobs", 0, MAX_LOGPROBS)
     if stream and prompt_logprobs is not None:
         raise RequestError("prompt_logprobs cannot be streamed; ask without stream.", param="prompt_logprobs")
     return Completion(
-        model=_text(fields, "model"),
+        model=text(fields, "model"),
         prompt_ids=prompt_ids,
         sampling=sampling,
-        n=_integer(fields, "n", 1, 1, limits.max_num_seqs),
-        logprobs=_optional_integer(fields, "logprobs", 0, MAX_LOGPROBS),
+        n=integer(fields, "n", 1, 1, limits.max_num_seqs),
+        logprobs=optional_integer(fields, "logprobs", 0, MAX_LOGPROBS),
         prompt_logprobs=prompt_logprobs,
         stream=stream,
         include_usage=_include_usage(fields.get("stream_options")),
+        wish=read_wish(fields.get("structured_outputs")),
+        cache_salt=_cache_salt(fields.get("cache_salt")),
     )
 
 
@@ -116,8 +102,8 @@ def parse_adapter(fields: dict[str, Any]) -> tuple[str, str | None]:
     """(lora_name, lora_path or None) of a load or unload request."""
     path = fields.get("lora_path")
     if path is not None and not isinstance(path, str):
-        raise RequestError(f"lora_path is {_show(path)}; it must be a string.", param="lora_path")
-    return _text(fields, "lora_name"), path
+        raise RequestError(f"lora_path is {show(path)}; it must be a string.", param="lora_path")
+    return text(fields, "lora_name"), path
 
 
 class Reply:
@@ -136,13 +122,12 @@ class Reply:
         """One SSE frame: what one sequence produced in one step."""
         return b"data: " + orjson.dumps({**self._head, "choices": [self._choice(choice)]}) + b"\n\n"
 
-    def usage_frame(self, completion_tokens: int) -> bytes:
+    def usage_frame(self, completion_tokens: int, cached_tokens: int) -> bytes:
         """The frame before `[DONE]` when usage was asked for."""
-        return (
-            b"data: " + orjson.dumps({**self._head, "choices": [], "usage": self._usage(completion_tokens)}) + b"\n\n"
-        )
+        usage = self._usage(completion_tokens, cached_tokens)
+        return b"data: " + orjson.dumps({**self._head, "choices": [], "usage": usage}) + b"\n\n"
 
-    def body(self, choices: Sequence[Choice], prompt_scores: list[Score] | None) -> bytes:
+    def body(self, choices: Sequence[Choice], prompt_scores: list[Score] | None, cached_tokens: int) -> bytes:
         """The whole unary response."""
         listed = []
         for choice in choices:
@@ -150,7 +135,7 @@ class Reply:
             entry["prompt_token_ids"] = self._request.prompt_ids
             entry["prompt_logprobs"] = None if prompt_scores is None else [None, *map(_prompt_entry, prompt_scores)]
             listed.append(entry)
-        usage = self._usage(sum(len(choice.ids) for choice in choices))
+        usage = self._usage(sum(len(choice.ids) for choice in choices), cached_tokens)
         return orjson.dumps({**self._head, "choices": listed, "usage": usage})
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
@@ -163,13 +148,13 @@ class Reply:
             "token_ids": choice.ids,
         }
 
-    def _usage(self, completion_tokens: int) -> dict[str, Any]:
+    def _usage(self, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
         prompt_tokens = len(self._request.prompt_ids)
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": cached_tokens},
         }
 
 
@@ -195,28 +180,14 @@ def _prompt_entry(score: Score) -> dict[str, Any]:
 def _prompt(fields: dict[str, Any], limits: Limits) -> list[int]:
     prompt = fields.get("prompt")
     if not isinstance(prompt, list) or not prompt:
-        raise RequestError(f"prompt is {_show(prompt)}; it must be a list of one or more token ids.", param="prompt")
+        raise RequestError(f"prompt is {show(prompt)}; it must be a list of one or more token ids.", param="prompt")
     if len(prompt) >= limits.max_model_len:
         raise ContextLengthExceeded(
             f"The prompt has {len(prompt)} tokens; this model's context holds {limits.max_model_len}, the reply "
             "included. Shorten the prompt.",
             param="prompt",
         )
-    return _ids(prompt, "prompt", limits, limits.max_model_len)
-
-
-def _ids(value: object, name: str, limits: Limits, most: int) -> list[int]:
-    if value is None:
-        return []
-    if not isinstance(value, list) or len(value) > most:
-        raise RequestError(f"{name} is {_show(value)}; it must be a list of at most {most} token ids.", param=name)
-    for item in value:
-        if type(item) is not int or not 0 <= item < limits.vocab_size:
-            raise RequestError(
-                f"{name} holds {_show(item)}; a token id of this model is an integer from 0 to {limits.vocab_size - 1}.",
-                param=name,
-            )
-    return value
+    return ids(prompt, "prompt", limits, limits.max_model_len)
 
 
 def _logit_bias(value: object, limits: Limits) -> dict[int, float]:
@@ -224,45 +195,18 @@ def _logit_bias(value: object, limits: Limits) -> dict[int, float]:
         return {}
     if not isinstance(value, dict) or len(value) > MAX_LOGIT_BIAS:
         raise RequestError(
-            f"logit_bias is {_show(value)}; it must map at most {MAX_LOGIT_BIAS} token ids to numbers.",
+            f"logit_bias is {show(value)}; it must map at most {MAX_LOGIT_BIAS} token ids to numbers.",
             param="logit_bias",
         )
     bias = {}
-    for key, number in value.items():
+    for key, given in value.items():
         if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < limits.vocab_size):
             raise RequestError(
-                f"logit_bias has the key {_show(key)}; a token id of this model is from 0 to {limits.vocab_size - 1}.",
+                f"logit_bias has the key {show(key)}; a token id of this model is from 0 to {limits.vocab_size - 1}.",
                 param="logit_bias",
             )
-        bias[int(key)] = _number({"logit_bias": number}, "logit_bias", 0.0, -100.0, 100.0)
+        bias[int(key)] = number({"logit_bias": given}, "logit_bias", 0.0, -100.0, 100.0)
     return bias
-
-
-def _number(
-    fields: dict[str, Any], name: str, default: float, low: float, high: float, above_low: bool = False
-) -> float:
-    value = fields.get(name)
-    if value is None:
-        return default
-    right_type = type(value) in (int, float)
-    if not right_type or not math.isfinite(value) or not low <= value <= high or (above_low and value == low):
-        bounds = f"{'above' if above_low else 'from'} {low:g} {'up ' if above_low else ''}to {high:g}"
-        raise RequestError(f"{name} is {_show(value)}; it must be a number {bounds}.", param=name)
-    return float(value)
-
-
-def _integer(fields: dict[str, Any], name: str, default: int, low: int, high: int | None) -> int:
-    value = fields.get(name)
-    if value is None:
-        return default
-    if type(value) is not int or value < low or (high is not None and value > high):
-        bounds = f"from {low} to {high}" if high is not None else f"of at least {low}"
-        raise RequestError(f"{name} is {_show(value)}; it must be an integer {bounds}.", param=name)
-    return value
-
-
-def _optional_integer(fields: dict[str, Any], name: str, low: int, high: int) -> int | None:
-    return None if fields.get(name) is None else _integer(fields, name, 0, low, high)
 
 
 def _seed(fields: dict[str, Any]) -> int | None:
@@ -270,23 +214,16 @@ def _seed(fields: dict[str, Any]) -> int | None:
     if value is None:
         return None
     if type(value) is not int or not -(2**63) <= value < 2**64:
-        raise RequestError(f"seed is {_show(value)}; it must be a 64-bit integer.", param="seed")
+        raise RequestError(f"seed is {show(value)}; it must be a 64-bit integer.", param="seed")
     return value % 2**64
 
 
-def _boolean(fields: dict[str, Any], name: str) -> bool:
-    value = fields.get(name)
+def _cache_salt(value: object) -> str:
     if value is None:
-        return False
-    if type(value) is not bool:
-        raise RequestError(f"{name} is {_show(value)}; it must be true or false.", param=name)
-    return value
-
-
-def _text(fields: dict[str, Any], name: str) -> str:
-    value = fields.get(name)
-    if not isinstance(value, str) or not value:
-        raise RequestError(f"{name} is {_show(value)}; it must be a string that is not empty.", param=name)
+        return ""
+    if not isinstance(value, str) or not value or len(value) > MAX_SALT:
+        rule = f"it must be a string of 1 to {MAX_SALT} characters"
+        raise RequestError(f"cache_salt is {show(value)}; {rule}.", param="cache_salt")
     return value
 
 
@@ -294,12 +231,5 @@ def _include_usage(options: object) -> bool:
     if options is None:
         return False
     if not isinstance(options, dict):
-        raise RequestError(f"stream_options is {_show(options)}; it must be an object.", param="stream_options")
-    return _boolean(options, "include_usage")
-
-
-def _show(value: object) -> str:
-    if isinstance(value, (list, dict)) and value:
-        return f"a {type(value).__name__} of {len(value)}"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
+        raise RequestError(f"stream_options is {show(options)}; it must be an object.", param="stream_options")
+    return boolean(options, "include_usage")

@@ -29,6 +29,7 @@ class ChatCompletions:
             stream=request.stream,
             tool_use=request.tools.use,
             options=request.options or None,
+            arguments=request.tools.arguments,
         )
         departure = Departure(receive, generation.cancel)
         try:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
+import math
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from gateway.errors import RequestError
 from gateway.inference import Delta, Generation, Inference, TokenLogprob
 from gateway.routes.body import parse_json, read_body
 from gateway.routes.reply import DONE, Departure, new_id, send_events, send_json
@@ -31,16 +35,19 @@ class Completions:
 
         try:
             for prompt in request.prompts:
-                generations.append(
-                    await inference.complete(request.model, prompt, request.sampling, stream=request.stream)
-                )
+                generations.append(await _ask(inference, request, prompt))
             echoes = [inference.prompt_text(request.model, p) if request.echo else "" for p in request.prompts]
             departure = Departure(receive, cancel)
             try:
                 if request.stream:
                     await send_events(send, _events(request, generations, echoes))
                 else:
-                    body = await _whole(request, generations, echoes)
+                    try:
+                        body = await _whole(request, generations, echoes)
+                    except RequestError as error:
+                        if error.param == "n" and request.best_of > request.sampling.n:
+                            error.param = "best_of"  # which is what the engine was asked for as its n
+                        raise
                     if not departure.gone:
                         await send_json(send, body)
             finally:
@@ -49,27 +56,40 @@ class Completions:
             cancel()
 
 
+async def _ask(inference: Inference, request: wire.CompletionRequest, prompt: str | list[int]) -> Generation:
+    sampling, scored = request.sampling, request.echo and request.sampling.logprobs is not None
+    if request.best_of > sampling.n:
+        sampling = replace(sampling, n=request.best_of, logprobs=sampling.logprobs or 0)  # the best is told by them
+    return await inference.complete(request.model, prompt, sampling, stream=request.stream, score_prompt=scored)
+
+
 async def _events(
     request: wire.CompletionRequest, generations: list[Generation], echoes: list[str]
 ) -> AsyncIterator[bytes]:
     reply_id, created = new_id("cmpl-"), int(time.time())
-    shown = _Progress(request.sampling.n, echoes)
+    shown = _Progress(request, generations, echoes)
     async for choices in _merge(generations, shown):
         yield b"".join(
             wire.chunk(reply_id, created, request.model, [choice], include_usage=request.include_usage)
             for choice in choices
         )
-    usage = wire.usage_chunk(reply_id, created, request.model, _usage(generations)) if request.include_usage else b""
-    yield usage + DONE
+    usage = _usage(request, generations)
+    yield (wire.usage_chunk(reply_id, created, request.model, usage) if request.include_usage else b"") + DONE
 
 
 async def _whole(request: wire.CompletionRequest, generations: list[Generation], echoes: list[str]) -> bytes:
-    n = request.sampling.n
-    shown = _Progress(n, echoes)
-    parts: list[list[wire.TextChoice]] = [[] for _ in range(n * len(generations))]
+    made = request.best_of
+    shown = _Progress(request, generations, echoes)
+    parts: list[list[wire.TextChoice]] = [[] for _ in range(made * len(generations))]
     async for choices in _merge(generations, shown):
         for choice in choices:
             parts[choice.index].append(choice)
+    best: list[list[wire.TextChoice]] = []
+    for number in range(len(generations)):
+        mine = range(number * made, number * made + made)
+        # A stable sort: of equals, the first. The n best are shown from the best on.
+        ranked = sorted(mine, key=lambda index: -shown.mean_logprob(index)) if made > request.sampling.n else mine
+        best += [parts[index] for index in ranked[: request.sampling.n]]
     whole = [
         wire.TextChoice(
             index,
@@ -78,27 +98,69 @@ async def _whole(request: wire.CompletionRequest, generations: list[Generation],
             None
             if request.sampling.logprobs is None
             else [entry for part in of_choice for entry in part.logprobs or []],
-            of_choice[0].text_offset,
         )
-        for index, of_choice in enumerate(parts)
+        for index, of_choice in enumerate(best)
     ]
-    return wire.completion(new_id("cmpl-"), int(time.time()), request.model, whole, _usage(generations))
+    return wire.completion(new_id("cmpl-"), int(time.time()), request.model, whole, _usage(request, generations))
 
 
 class _Progress:
     """How far each choice has been shown; the echo goes before its first text."""
 
-    def __init__(self, n: int, echoes: list[str]) -> None:
-        self._n, self._echoes = n, echoes
-        self._offsets: dict[int, int] = {}
+    def __init__(self, request: wire.CompletionRequest, generations: list[Generation], echoes: list[str]) -> None:
+        self._request, self._generations, self._echoes = request, generations, echoes
+        self._scribes: dict[int, _Scribe] = {}
+        self._sums: dict[int, tuple[float, int]] = {}
 
     def show(self, number: int, delta: Delta) -> wire.TextChoice:
-        index = number * self._n + delta.index
-        text = delta.text if index in self._offsets else self._echoes[number] + delta.text
-        offset = self._offsets.get(index, 0)
-        self._offsets[index] = offset + len(text)
-        logprobs = None if delta.logprobs is None else [_entry(token) for token in delta.logprobs]
-        return wire.TextChoice(index, text, delta.finish_reason, logprobs, offset)
+        index = number * self._request.best_of + delta.index
+        nothing_made = self._request.sampling.max_tokens == 0  # the engine makes one token at least
+        text, made = ("", None) if nothing_made else (delta.text, delta.logprobs)
+        entries: list[wire.ScoredToken] = []
+        scribe = self._scribes.get(index)
+        if scribe is None:
+            text = self._echoes[number] + text
+            scribe = self._scribes[index] = _Scribe()
+            entries += scribe.prompt(self._echoes[number], self._generations[number].prompt_logprobs)
+        entries += [scribe.entry(token.token, token) for token in made or []]
+        sum_before, count = self._sums.get(index, (0.0, 0))
+        told = made or []
+        self._sums[index] = sum_before + sum(token.logprob for token in told), count + len(told)
+        reason = "length" if nothing_made and delta.finish_reason else delta.finish_reason
+        return wire.TextChoice(index, text, reason, entries if self._request.sampling.logprobs is not None else None)
+
+    def mean_logprob(self, index: int) -> float:
+        """Of the tokens that a choice made; of one that made none, the least there is."""
+        total, count = self._sums[index]
+        return total / count if count else -math.inf
+
+
+class _Scribe:
+    """Spells the tokens of one choice and counts the characters before each."""
+
+    def __init__(self) -> None:
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._offset = 0
+
+    def prompt(self, echo: str, scores: list[tuple[bytes, TokenLogprob | None]]) -> list[wire.ScoredToken]:
+        """The echoed prompt's tokens; a space that the tokenizer put before the text is no part of the first."""
+        if not scores:
+            self._offset = len(echo)
+            return []
+        whole = b"".join(token for token, _ in scores).decode("utf-8", "replace")
+        extra = 1 if whole.startswith(" ") and not echo.startswith(" ") else 0
+        first, *others = scores
+        return [self.entry(token, score) for token, score in [(first[0][extra:], first[1]), *others]]
+
+    def entry(self, token: bytes, score: TokenLogprob | None) -> wire.ScoredToken:
+        offset = self._offset
+        self._offset += len(self._decode(token))
+        text = token.decode("utf-8", "replace")
+        if score is None:
+            return wire.ScoredToken(text, offset, None, None)
+        top = {name.decode("utf-8", "replace"): logprob for name, logprob in score.top}
+        top.setdefault(text, score.logprob)  # the token itself is always told
+        return wire.ScoredToken(text, offset, score.logprob, top)
 
 
 async def _merge(generations: list[Generation], shown: _Progress) -> AsyncIterator[list[wire.TextChoice]]:
@@ -133,17 +195,13 @@ async def _merge(generations: list[Generation], shown: _Progress) -> AsyncIterat
         pumping.cancel()
 
 
-def _usage(generations: list[Generation]) -> Usage:
+def _usage(request: wire.CompletionRequest, generations: list[Generation]) -> Usage:
+    made = 0 if request.sampling.max_tokens == 0 else sum(generation.completion_tokens for generation in generations)
     return Usage(
         sum(generation.prompt_tokens for generation in generations),
-        sum(generation.completion_tokens for generation in generations),
+        made,
         sum(generation.cached_tokens for generation in generations),
     )
-
-
-def _entry(token: TokenLogprob) -> tuple[str, float, dict[str, float]]:
-    top = {name.decode("utf-8", "replace"): logprob for name, logprob in token.top}
-    return token.token.decode("utf-8", "replace"), token.logprob, top
 
 
 routes = [Route("/v1/completions", Completions(), methods=["POST"])]

@@ -62,6 +62,13 @@ def parse(body: Body) -> ChatRequest:
     stream, include_usage = parse_stream(body)
     sampling = parse_sampling(body, max_tokens=most if most is not None else older, logprobs=_logprobs(body))
     tools = parse_tools(body)
+    if tools.use.tools and sampling.structured is not None:
+        name = sampling.structured.param
+        raise RequestError(
+            f"'{name}' holds the whole reply to a form, which leaves no room for a call of one of the 'tools'; leave them "
+            'out or send "tool_choice": "none"',
+            param=name,
+        )
     messages, options = parse_messages(body), _options(body)
     token_ids = bool(fields.boolean(body, "return_token_ids"))
     return ChatRequest(model, messages, sampling, stream, include_usage, tools, options, token_ids)
@@ -74,13 +81,6 @@ def _refuse_unsupported(body: Body) -> None:
     modalities = body.get("modalities")
     if modalities not in (None, ["text"]):
         raise RequestError(f"'modalities' must be [\"text\"], not {show(modalities)}", param="modalities")
-    response_format = body.get("response_format")
-    if response_format is not None and response_format != {"type": "text"}:
-        raise RequestError(
-            f'\'response_format\' must be {{"type": "text"}}, not {show(response_format)}: '
-            "structured outputs are not supported yet",
-            param="response_format",
-        )
 
 
 def _options(body: Body) -> dict[str, Any]:

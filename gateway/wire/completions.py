@@ -11,7 +11,7 @@ import orjson
 from gateway.errors import RequestError
 from gateway.wire import fields
 from gateway.wire.chat import Usage, usage_body
-from gateway.wire.fields import Body, show
+from gateway.wire.fields import Body
 from gateway.wire.sampling import SAMPLING_FIELDS, Sampling, parse_sampling, parse_stream
 
 _KNOWN = SAMPLING_FIELDS | frozenset("prompt max_tokens logprobs echo suffix best_of user".split())
@@ -25,7 +25,8 @@ class CompletionRequest:
 
     model: str
     prompts: list[str | list[int]]
-    sampling: Sampling
+    sampling: Sampling  # with the client's own n
+    best_of: int  # how many are made for each prompt; the best n are given
     echo: bool
     stream: bool
     include_usage: bool
@@ -35,7 +36,10 @@ def parse(body: Body) -> CompletionRequest:
     """Raises RequestError that names the field, its value and the rule."""
     fields.refuse_unknown(body, _KNOWN)
     model = fields.required_string(body, "model", 1000)
-    max_tokens = fields.integer(body, "max_tokens", 1, 2**31)
+    echo = fields.boolean(body, "echo") or False
+    max_tokens = fields.integer(body, "max_tokens", 0, 2**31)
+    if max_tokens == 0 and not echo:
+        raise RequestError("'max_tokens' may be 0 only with \"echo\": true", param="max_tokens")
     logprobs = fields.integer(body, "logprobs", 0, 20)
     stream, include_usage = parse_stream(body)
     sampling = parse_sampling(
@@ -43,37 +47,33 @@ def parse(body: Body) -> CompletionRequest:
     )
     if body.get("suffix"):
         raise RequestError("'suffix' is not supported", param="suffix")
-    best_of = fields.integer(body, "best_of", 1, 128)
-    if best_of is not None and best_of != sampling.n:
-        raise RequestError(f"'best_of' must equal 'n' ({sampling.n}) for now, not {best_of}", param="best_of")
-    echo = fields.boolean(body, "echo") or False
-    if echo and logprobs is not None:
-        raise RequestError("'echo' together with 'logprobs' is not supported yet", param="echo")
-    return CompletionRequest(model, _prompts(body), sampling, echo, stream, include_usage)
-
-
-def _prompts(body: Body) -> list[str | list[int]]:
-    prompt = body.get("prompt")
-    if isinstance(prompt, str) and prompt:
-        return [prompt]
-    if isinstance(prompt, list) and prompt:
-        if all(_is_id(item) for item in prompt):
-            return [prompt]
-        if len(prompt) > _PROMPT_LIMIT:
-            raise RequestError(f"'prompt' has {len(prompt)} entries; at most {_PROMPT_LIMIT} are taken", param="prompt")
-        if all(isinstance(item, str) and item for item in prompt):
-            return list(prompt)
-        if all(isinstance(item, list) and item and all(_is_id(i) for i in item) for item in prompt):
-            return list(prompt)
-    raise RequestError(
-        f"'prompt' must be a text, a list of texts, a list of token ids, or a list of such lists, none empty, "
-        f"not {show(prompt)}",
-        param="prompt",
+    best_of = _best_of(body, sampling.n, stream=stream)
+    return CompletionRequest(
+        model, fields.texts_or_ids(body, "prompt", _PROMPT_LIMIT), sampling, best_of, echo, stream, include_usage
     )
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+def _best_of(body: Body, n: int, *, stream: bool) -> int:
+    best_of = fields.integer(body, "best_of", 1, 128)
+    if best_of is None or best_of == n:
+        return n
+    if best_of < n:
+        raise RequestError(f"'best_of' must be at least 'n' ({n}), not {best_of}", param="best_of")
+    if stream:
+        raise RequestError(
+            "'best_of' above 'n' cannot be streamed: which are best is known at their end", param="best_of"
+        )
+    return best_of
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredToken:
+    """A token of a text: the characters before it, its log-probability and the likeliest (None: nothing came before it)."""
+
+    token: str
+    text_offset: int
+    logprob: float | None
+    top: dict[str, float] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +83,7 @@ class TextChoice:
     index: int
     text: str
     finish_reason: str | None
-    logprobs: list[tuple[str, float, dict[str, float]]] | None = None  # token, logprob, alternatives
-    text_offset: int = 0  # characters before `text` in the whole
+    logprobs: list[ScoredToken] | None = None
 
 
 def completion(reply_id: str, created: int, model: str, choices: Sequence[TextChoice], usage: Usage) -> bytes:
@@ -125,13 +124,9 @@ def _body(reply_id: str, created: int, model: str, choices: Sequence[TextChoice]
 def _logprobs(choice: TextChoice) -> dict[str, Any] | None:
     if choice.logprobs is None:
         return None
-    offsets, at = [], choice.text_offset
-    for token, _, _ in choice.logprobs:
-        offsets.append(at)
-        at += len(token)
     return {
-        "tokens": [token for token, _, _ in choice.logprobs],
-        "token_logprobs": [logprob for _, logprob, _ in choice.logprobs],
-        "top_logprobs": [top for _, _, top in choice.logprobs],
-        "text_offset": offsets,
+        "tokens": [scored.token for scored in choice.logprobs],
+        "token_logprobs": [scored.logprob for scored in choice.logprobs],
+        "top_logprobs": [scored.top for scored in choice.logprobs],
+        "text_offset": [scored.text_offset for scored in choice.logprobs],
     }

@@ -76,6 +76,41 @@ def stops(body: Body) -> tuple[str, ...]:
     return tuple(listed)
 
 
+def texts_or_ids(body: Body, name: str, most: int) -> list[str | list[int]]:
+    """A text, a list of texts, token ids, or a list of such lists, as a list of what each stands for; none empty."""
+    value = body.get(name)
+    if isinstance(value, str) and value:
+        return [value]
+    if isinstance(value, list) and value:
+        if all(map(is_token_id, value)):
+            return [value]
+        if len(value) > most:
+            raise RequestError(f"'{name}' has {len(value)} entries; at most {most} are taken", param=name)
+        if all(isinstance(item, str) and item for item in value):
+            return list(value)
+        if all(isinstance(item, list) and item and all(map(is_token_id, item)) for item in value):
+            return list(value)
+    raise RequestError(
+        f"'{name}' must be a text, a list of texts, a list of token ids, or a list of such lists, none empty, "
+        f"not {show(value)}",
+        param=name,
+    )
+
+
+def token_ids(body: Body, name: str, most: int) -> tuple[int, ...]:
+    """A list of token ids, empty when absent or null."""
+    value = body.get(name)
+    if value is None:
+        return ()
+    if not isinstance(value, list) or len(value) > most or not all(map(is_token_id, value)):
+        raise RequestError(f"'{name}' must be a list of at most {most} token ids, not {show(value)}", param=name)
+    return tuple(value)
+
+
+def is_token_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
 def logit_bias(body: Body) -> dict[str, float]:
     """`logit_bias`: token id → a number between −100 and 100, at most 1024 entries."""
     value = body.get("logit_bias")

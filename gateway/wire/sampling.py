@@ -7,17 +7,18 @@ from dataclasses import dataclass, field
 from gateway.errors import RequestError
 from gateway.wire import fields
 from gateway.wire.fields import Body
+from gateway.wire.structured import Structured, parse_structured
 
 SAMPLING_FIELDS = frozenset(
     "model n temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty seed stop logit_bias "
-    "stream stream_options ignore_eos min_tokens".split()
+    "stream stream_options ignore_eos min_tokens stop_token_ids structured_outputs".split()
 )
 _SEED_LIMIT = 2**63
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Defaults are OpenAI's. `top_k`, `min_p`, `repetition_penalty`, `min_tokens`, `ignore_eos` are vLLM's additions."""
+    """Defaults are OpenAI's. What vLLM added: top_k, min_p, repetition_penalty, min_tokens, ignore_eos, stop_token_ids."""
 
     n: int = 1
     max_tokens: int | None = None  # None: what the context leaves
@@ -34,6 +35,8 @@ class Sampling:
     logprobs: int | None = None  # how many alternatives to report; None: no logprobs
     ignore_eos: bool = False
     min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    structured: Structured | None = None
 
 
 def parse_sampling(body: Body, *, max_tokens: int | None, logprobs: int | None) -> Sampling:
@@ -60,6 +63,8 @@ def parse_sampling(body: Body, *, max_tokens: int | None, logprobs: int | None) 
         logprobs=logprobs,
         ignore_eos=fields.boolean(body, "ignore_eos") or False,
         min_tokens=fields.integer(body, "min_tokens", 0, 1_000_000) or 0,
+        stop_token_ids=fields.token_ids(body, "stop_token_ids", 64),
+        structured=parse_structured(body),
     )
 
 

@@ -10,6 +10,7 @@ from gateway.chat.speech import NO_TOOLS, ToolUse
 from gateway.errors import RequestError
 from gateway.wire import fields
 from gateway.wire.fields import Body, show
+from gateway.wire.structured import Structured, strict_parameters
 
 TOOL_FIELDS = frozenset(("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"))
 _TOOL_LIMIT = 128
@@ -21,12 +22,13 @@ class ToolRequest:
     """What may be called, and how a reply tells of it.
 
     `finish_reason` is that of a reply with calls: "stop" where one function was named, as at OpenAI. `older` replies
-    with `function_call`.
+    with `function_call`. `arguments` is what those of a named `strict` function are held to.
     """
 
     use: ToolUse = NO_TOOLS
     finish_reason: str = "tool_calls"
     older: bool = False
+    arguments: Structured | None = None
 
 
 def parse_tools(body: Body) -> ToolRequest:
@@ -41,7 +43,10 @@ def parse_tools(body: Body) -> ToolRequest:
         return ToolRequest()
     named = isinstance(body.get("tool_choice"), dict)
     use = ToolUse(tools, forced, single=named or parallel is False)
-    return ToolRequest(use, finish_reason="stop" if named else "tool_calls")
+    if not named:
+        return ToolRequest(use)
+    at = names.index(forced[0])
+    return ToolRequest(use, "stop", arguments=strict_parameters(tools[at]["function"], f"tools[{at}].function"))
 
 
 def _parse_functions(body: Body) -> ToolRequest:

@@ -15,7 +15,7 @@ from gateway.chat.bundle import Bundle, bundle_of
 from gateway.chat.calls import CallReader
 from gateway.chat.jinja import JinjaTemplate
 from gateway.chat.parse import ReplyReader
-from gateway.chat.speech import Speech, ToolForm, ToolUse, call_opening, read_speech
+from gateway.chat.speech import Speech, ToolForm, ToolUse, call_opening, read_speech, text_opening
 from tests.chat.spoken import THINK, TOOLS, Reply, read_text, write_call
 from tests.tiny_tokenizers import byte_level
 
@@ -363,3 +363,15 @@ def test_a_call_that_was_begun_for_the_model_reads_as_a_call_once_it_goes_on(for
     assert call_opening(thinking, ["get"], in_reasoning=True) == f"\n</think>\n\n{opening}"
     assert call_opening(thinking, ["get"], lead="<think>\n\n</think>\n\n") == f"<think>\n\n</think>\n\n{opening}"
     assert call_opening(Speech(form), ["get"], lead=" ") == f" {opening}"
+
+
+@pytest.mark.parametrize("form", [None, *FORMS])
+def test_a_reply_that_must_be_text_is_opened_as_text(form: ToolForm | None) -> None:
+    speech = Speech(form, None if form == "harmony" else THINK)
+    opening = text_opening(speech, in_reasoning=False)
+    assert opening == {"harmony": "<|channel|>final<|message|>", "functionary": "all\n"}.get(form or "", "")
+    if form == "harmony":
+        assert read_text(form, opening + '{"a": 1}') == Reply('{"a": 1}', "")
+    elif form != "functionary":
+        closing = text_opening(speech, in_reasoning=True)
+        assert read_text(form, closing + '{"a": 1}', reasoning=THINK, in_reasoning=True) == Reply('{"a": 1}', "")

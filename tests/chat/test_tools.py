@@ -61,8 +61,11 @@ WRITTEN: dict[ToolForm, tuple[str, str, str]] = {
 }
 
 
-def speaking(form: ToolForm, *, thinks: bool = False, ids: bool = False) -> Bundle:
-    """A bundle with a template in ChatML that offers tools and writes their calls in one form."""
+def speaking(form: ToolForm, *, thinks: bool = False, ids: bool = False, opens: bool = False) -> Bundle:
+    """A bundle with a template in ChatML that offers tools and writes their calls in one form.
+
+    `opens`: its prompts end inside the reasoning.
+    """
     before, each, after = WRITTEN[form]
     each = (
         "{% if call.id | length != 9 %}{{ raise_exception('nine!') }}{% endif %}id={{ call.id }};" + each
@@ -90,7 +93,9 @@ def speaking(form: ToolForm, *, thinks: bool = False, ids: bool = False) -> Bund
         + "{% endfor %}"
         + f"{{{{ {after!r} }}}}"
         + "{% endif %}"
-        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+        + ("<think>\n" if opens else "")
+        + "{% endif %}"
     )
     return bundle_of(JinjaTemplate(f"speaks_{form}", template, {"eos_token": "<|im_end|>"}), tokenizer_file(), [])
 
@@ -115,6 +120,8 @@ class Engine:
     reply: str = ""
     width: int = 2
     ended_by: str = "stop"
+    stop_token: bool = True  # a grammar's end is told without one
+    version: dict[str, Any] = field(default_factory=dict)
     asked: list[dict[str, Any]] = field(default_factory=list)
     port: int = 0
     ready: bool = True
@@ -158,7 +165,7 @@ class Engine:
 
     async def _answer(self, asked: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         ids = self.bundle.tokenizer.encode_continuation(self.reply)
-        if self.ended_by == "stop":
+        if self.ended_by == "stop" and self.stop_token:
             ids.append(self.bundle.stop_ids[0])
         if not asked["stream"]:
             body = json.dumps({"choices": [frame(n, ids, self.ended_by) for n in range(asked["n"])]}).encode()
@@ -191,6 +198,7 @@ class House:
     def __init__(self) -> None:
         self.engines = {form: Engine(speaking(form)) for form in WRITTEN}
         self.engines["thinks"] = Engine(speaking("hermes", thinks=True))  # type: ignore[index]
+        self.engines["opens"] = Engine(speaking("hermes", thinks=True, opens=True))  # type: ignore[index]
         self.engines["chatml"] = Engine(make_bundle("chatml", byte_level(), []))  # type: ignore[index]
         app = Starlette(routes=chat.routes, exception_handlers={TunegateError: tell})  # type: ignore[dict-item]
         self._catalog = catalog = Catalog(Deadlines(5, 5))
@@ -516,3 +524,68 @@ def test_a_trained_reply_reads_back_as_the_message_it_was(form: ToolForm, messag
         (call.name, json.loads(call.arguments)) for call in message.tool_calls
     ]
     assert all(re.fullmatch("call_[0-9a-f]{24}|[0-9a-f]{9}", call_id) for call_id in reply.ids)
+
+
+STRICT = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "days": {"type": ["integer", "null"]}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("form", list(WRITTEN))
+def test_the_arguments_of_a_named_strict_function_are_held_to_its_parameters(
+    house: House, form: ToolForm, stream: bool
+) -> None:
+    tools = [TOOLS[0], {"type": "function", "function": {"name": "plan", "strict": True, "parameters": STRICT}}]
+    choice = {"type": "function", "function": {"name": "plan"}}
+    held = form not in ("xml", "pythonic", "pythonic_tagged")
+    given = {"city": "Zürich", "days": None}
+    engine = house.engine(form, json.dumps(given, ensure_ascii=False) if held else "", width=1)
+    engine.stop_token = not held
+    reply = ask(house, form, stream=stream and held, tools=tools, tool_choice=choice)
+    engine.stop_token = True
+    assert engine.asked[-1].get("structured_outputs") == ({"json": STRICT} if held else None)
+    if held:
+        assert called(reply) == [("plan", given)]
+        assert reply.choices[0].finish_reason == "stop"
+        assert not reply.choices[0].message.content
+
+
+def test_parameters_that_cannot_be_held_to_are_refused_by_their_path(house: House) -> None:
+    schema = {**STRICT, "properties": {**STRICT["properties"], "days": {"type": "integer", "multipleOf": 7}}}
+    tools = [{"type": "function", "function": {"name": "plan", "strict": True, "parameters": schema}}]
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(house, "hermes", stream=False, tools=tools, tool_choice={"type": "function", "function": {"name": "plan"}})
+    assert refused.value.param == "tools[0].function.parameters"
+    assert "Invalid schema for function 'plan': In context=('properties', 'days'), " in refused.value.message
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_reasoning_that_the_prompt_opens_is_closed_before_a_structured_reply(house: House, stream: bool) -> None:
+    fields: dict[str, Any] = {"tools": [], "response_format": {"type": "json_object"}}
+    for model, prompt_end in (("opens", "<think>\n\n</think>\n\n"), ("thinks", "assistant\n")):
+        engine = house.engine(model, '{"a": 1}')
+        reply = ask(house, model, stream=stream, **fields)
+        assert reply.choices[0].message.content == '{"a": 1}'
+        assert engine.asked[-1]["structured_outputs"] == {"json_object": True}
+        assert engine.prompt.endswith(prompt_end)
+
+
+def test_what_an_engine_has_not_said_it_can_do_is_refused_by_the_clients_name_for_it(house: House) -> None:
+    engine = house.engine("chatml", '{"a": 1}')
+    asked = {"tools": openai.omit, "response_format": {"type": "json_object"}}
+    for version, taken in (
+        ({"kind": "llama"}, False),
+        ({"kind": "llama", "structured_outputs": ["json_object"]}, True),
+    ):
+        engine.version = version
+        if taken:
+            assert ask(house, "chatml", stream=False, **asked).choices[0].message.content == '{"a": 1}'
+            continue
+        with pytest.raises(openai.BadRequestError) as refused:
+            ask(house, "chatml", stream=False, **asked)
+        assert refused.value.param == "response_format"
+    engine.version = {}

@@ -101,7 +101,7 @@ async def test_a_worker_of_a_killed_gateway_is_taken_over_with_its_adapters(
         assert heir.restarts == 0
         assert await loaded(heir) == {adapter.engine_name for adapter in adapters[1:]}
         log = (tmp_path / "second/engine/worker.log").read_text()
-        assert log.count(f"{adapters[1].engine_name!r} loaded") == 1  # it was there, and was not loaded again
+        assert log.count(f"{adapters[1].engine_name!r} registered") == 1  # it was there, and was not brought again
     finally:
         await heir.stop()
 

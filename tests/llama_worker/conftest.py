@@ -13,6 +13,9 @@ from tests.tiny_gguf import Shape, write_tiny_gguf, write_tiny_lora
 # Slow enough (some hundred tokens a second) that a test can act while a request runs.
 SLOW = Shape(hidden=512, layers=8, heads=8, kv_heads=4, feed_forward=1408, vocab_size=4096, context_length=4096)
 
+# Small, but with the row sizes at which ggml picks its real kernels.
+MIDDLE = Shape(hidden=256, layers=4, heads=4, kv_heads=2, feed_forward=768, vocab_size=2048, context_length=2304)
+
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -22,6 +25,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_gguf(tmp_path_factory.mktemp("slow") / "model.gguf", shape=SLOW)
+
+
+@pytest.fixture(scope="session")
+def middle_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_gguf(tmp_path_factory.mktemp("middle") / "model.gguf", shape=MIDDLE)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ class RunningWorker:
 
     def __init__(self, folder: Path, model: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self.model_path = model
         self.ready_file = folder / "ready.json"
         self.log_file = folder / "log"
         key_file = folder / "key"
@@ -118,6 +120,16 @@ def running(folder: Path, model: Path, *arguments: str, environment: dict[str, s
         yield worker.wait_ready()
     finally:
         worker.close()
+
+
+@contextmanager
+def hanging_request(worker: RunningWorker, **fields: Any) -> Iterator[socket.socket]:
+    """A stream that nobody reads; the connection is closed on leaving."""
+    content = json.dumps(request(stream=True, **fields)).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: test\r\nauthorization: Bearer {KEY}\r\n"
+    with socket.create_connection(("127.0.0.1", worker.ready()["port"])) as connection:
+        connection.sendall(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
+        yield connection
 
 
 def request(**fields: Any) -> dict[str, Any]:

@@ -155,3 +155,71 @@ def test_an_adapter_has_the_strength_that_its_file_says(tmp_path: Path, rank: in
             entry[str(token)]["logprob"] for token, entry in zip(ids[1:], entries["prompt_logprobs"][1:], strict=True)
         ]
     assert np.abs(np.array(served) - expected).max() < 0.01
+
+
+def test_more_adapters_than_fit_in_memory_are_all_served(tiny_model: Path, tmp_path: Path) -> None:
+    names = [f"adapter-{index}" for index in range(9)]
+    for seed, name in enumerate(names):
+        write_tiny_lora(tmp_path / name / "adapter.gguf", seed=seed)
+    with running(tmp_path / "worker", tiny_model, "--max-adapters", "3", "--max-seqs", "6") as worker:
+        for name in names:
+            assert worker.load(name, tmp_path / name).status_code == 200
+        first = {name: worker.ids(model=name, max_tokens=20) for name in names}
+        assert len({tuple(ids) for ids in first.values()}) == len(names)
+        assert worker.metric("adapters") == 9
+        assert worker.metric("adapters_in_memory") == 3
+        requests = [{"model": name, "max_tokens": 20} for name in names * 2]
+        assert worker.ids_together(requests) == [first[name] for name in names * 2]
+        assert worker.metric("adapters_in_memory") <= 3
+        for name in names:
+            assert worker.unload(name).status_code == 200
+        assert worker.metric("adapters_in_memory") == 0
+        assert len(worker.client.get("/v1/models").json()["data"]) == 1
+
+
+def test_a_file_that_changed_is_refused_instead_of_being_served(tiny_model: Path, tmp_path: Path) -> None:
+    for seed, name in enumerate(("one", "two"), start=1):
+        write_tiny_lora(tmp_path / name / "adapter.gguf", seed=seed)
+    with running(tmp_path / "worker", tiny_model, "--max-adapters", "1") as worker:
+        for name in ("one", "two"):
+            assert worker.load(name, tmp_path / name).status_code == 200
+        write_tiny_lora(tmp_path / "one" / "adapter.gguf", seed=3)
+        response = worker.post(model="one")
+        assert response.status_code == 500
+        assert "has changed" in response.json()["error"]["message"]
+        (tmp_path / "one" / "adapter.gguf").unlink()
+        assert worker.post(model="one").status_code == 500
+        assert len(worker.ids(model="two")) == 6
+
+
+def test_a_name_that_comes_back_as_another_adapter_shares_nothing_with_the_first(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    for seed, name in enumerate(("first", "second"), start=1):
+        write_tiny_lora(tmp_path / name / "adapter.gguf", seed=seed)
+    ids = prompt(120)
+    with running(tmp_path / "worker", tiny_model) as worker:
+        replies = []
+        for name in ("first", "second", "first"):
+            assert worker.load("tuned", tmp_path / name).status_code == 200
+            body = worker.complete(model="tuned", prompt=ids)
+            assert body["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+            replies.append(body["choices"][0]["token_ids"])
+            assert worker.unload("tuned").status_code == 200
+        assert replies[0] == replies[2] != replies[1]
+
+
+def test_a_thousand_adapters_are_registered_and_any_of_them_answers(tiny_model: Path, tmp_path: Path) -> None:
+    for seed in range(8):
+        write_tiny_lora(tmp_path / f"adapter-{seed}" / "adapter.gguf", seed=seed, rank=1)
+    with running(tmp_path / "worker", tiny_model, "--max-adapters", "16") as worker:
+        with ThreadPoolExecutor(8) as pool:
+            folders = [tmp_path / f"adapter-{index % 8}" for index in range(1000)]
+            names = [f"name-{index}" for index in range(1000)]
+            assert {response.status_code for response in pool.map(worker.load, names, folders)} == {200}
+        assert worker.metric("adapters") == 1000
+        assert worker.metric("adapters_in_memory") == 16
+        assert len(worker.client.get("/v1/models").json()["data"]) == 1001
+        expected = [worker.ids(model=f"name-{index}", max_tokens=12) for index in range(8)]
+        for index in (0, 999, 500, 7, 1, 250):
+            assert worker.ids(model=f"name-{index}", max_tokens=12) == expected[index % 8]

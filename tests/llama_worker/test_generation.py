@@ -116,7 +116,7 @@ def test_prompt_logprobs_are_the_same_twice_and_under_load(worker: RunningWorker
 
 def test_n_choices_start_from_one_prompt_and_go_their_own_ways(worker: RunningWorker) -> None:
     fields: dict[str, Any] = {"n": 4, "temperature": 1.0, "seed": 7, "max_tokens": 24, "ignore_eos": True}
-    fields["prompt"] = prompt(100)
+    fields |= {"prompt": prompt(100), "cache_salt": "this test alone"}
     body = worker.complete(**fields)
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
     assert len({tuple(choice["token_ids"]) for choice in body["choices"]}) == 4
