@@ -37,6 +37,7 @@ ADAPTER_FILES = (
 )
 
 Auto = Literal["auto"]
+Turns = Literal["all", "last"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class JobSpec:
     method: str = "supervised"
     hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
     lora: Lora = field(default_factory=Lora)
+    turns: Turns = "all"  # which of the assistant's are learnt
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -100,6 +100,16 @@ def test_an_uploaded_file_is_previewed_by_its_id_and_lines_beyond_the_limit_are_
     assert summary["n_tokens"] == 12 * found["data"][0]["n_tokens"]
 
 
+def test_the_last_turn_alone_is_learnt_where_that_is_asked(server: Server) -> None:
+    line = {"messages": [{"role": role, "content": "amber"} for role in ("user", "assistant") * 2]}
+    learnt = []
+    for turns in ("all", "last"):
+        found = preview(server, lines=[line], tunegate={"turns": turns}).json()
+        (sequence,) = found["data"][0]["sequences"]
+        learnt.append(sum(run["trained"] and not run["control"] for run in sequence["runs"]))
+    assert learnt == [2, 1]
+
+
 def test_too_long_an_example_is_shown_as_it_is_shortened(server: Server) -> None:
     long = {"messages": [{"role": "user", "content": "word " * 3000}, REPLY]}
     found = preview(server, lines=[long]).json()
@@ -116,6 +126,9 @@ def test_too_long_an_example_is_shown_as_it_is_shortened(server: Server) -> None
         ({"lines": [], "training_file": "file-x"}, "lines", 400),
         ({"training_file": "file-nowhere"}, "training_file", 400),
         ({"lines": "x"}, "lines", 400),
+        ({"lines": [], "tunegate": {"turns": "first"}}, "tunegate.turns", 400),
+        ({"lines": [], "tunegate": {"turn": "all"}}, "tunegate.turn", 400),
+        ({"lines": [], "tunegate": {"chat_template_kwargs": {"messages": []}}}, "tunegate.chat_template_kwargs", 400),
         ({"lines": ["a\nb"]}, "lines", 400),
         ({"lines": [], "limit": 100_000}, "limit", 400),
         ({"lines": [], "colour": 1}, "colour", 400),

@@ -91,10 +91,10 @@ def _train(job: JobDir, spec: JobSpec, check: Check, events: EventLog, told: set
 
     torch.set_num_threads(spec.threads)
     bundle = read_bundle(job)
-    training = load_examples(job.path / spec.training_file.path, bundle, spec.max_length)
+    training = load_examples(job.path / spec.training_file.path, bundle, spec.max_length, spec.turns)
     validation = None
     if spec.validation_file is not None:
-        validation = load_examples(job.path / spec.validation_file.path, bundle, spec.max_length)
+        validation = load_examples(job.path / spec.validation_file.path, bundle, spec.max_length, spec.turns)
     tuned = model.add_lora(model.load_base(spec.base), spec.lora, spec.seed)
     progress = Progress(events, check, tuned, validation, told)
     witness = sft.train(sft.Run(job, spec, check, tuned, training, validation), progress)

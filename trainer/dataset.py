@@ -15,7 +15,7 @@ from typing import Any
 from gateway.chat.bundle import Bundle
 from gateway.chat.conversation import RenderError
 from gateway.chat.render import IGNORED, TrainingSequence, render_example
-from gateway.jobdir import JobDir, TrainerError
+from gateway.jobdir import JobDir, TrainerError, Turns
 from trainer.conversations import BadExample, parse_example
 from trainer.jsonl import BadLine, read_jsonl
 
@@ -105,10 +105,10 @@ def read_bundle(job: JobDir) -> Bundle:
     return Bundle.from_files({path.name: path.read_bytes() for path in job.template.iterdir() if path.is_file()})
 
 
-def survey_file(path: Path, bundle: Bundle, max_length: int) -> Survey:
+def survey_file(path: Path, bundle: Bundle, max_length: int, turns: Turns = "all") -> Survey:
     """Reads and renders every line, keeping only counts and the first problems: memory does not grow with the file."""
     survey = Survey()
-    for found in render_file(path, bundle, max_length):
+    for found in render_file(path, bundle, max_length, turns):
         if isinstance(found, BadLine):
             survey.n_problems += 1
             if len(survey.problems) < _PROBLEMS_KEPT:
@@ -118,29 +118,33 @@ def survey_file(path: Path, bundle: Bundle, max_length: int) -> Survey:
     return survey
 
 
-def load_examples(path: Path, bundle: Bundle, max_length: int) -> Examples:
+def load_examples(path: Path, bundle: Bundle, max_length: int, turns: Turns = "all") -> Examples:
     """All conversations of a file that was surveyed without a problem."""
     examples = Examples()
-    for found in render_file(path, bundle, max_length):
+    for found in render_file(path, bundle, max_length, turns):
         if isinstance(found, BadLine):
             raise ValueError(f"{path.name} passed its check but now {found}")
         examples.append(found)
     return examples
 
 
-def render_file(path: Path, bundle: Bundle, max_length: int) -> Iterator[list[TrainingSequence] | BadLine]:
+def render_file(
+    path: Path, bundle: Bundle, max_length: int, turns: Turns = "all"
+) -> Iterator[list[TrainingSequence] | BadLine]:
     """Each line's sequences, or what is wrong with the line."""
     for line in read_jsonl(path):
-        yield render_line(line, bundle, max_length)
+        yield render_line(line, bundle, max_length, turns)
 
 
-def render_line(line: tuple[int, Any] | BadLine, bundle: Bundle, max_length: int) -> list[TrainingSequence] | BadLine:
+def render_line(
+    line: tuple[int, Any] | BadLine, bundle: Bundle, max_length: int, turns: Turns = "all"
+) -> list[TrainingSequence] | BadLine:
     """A line as it was read → its sequences, or what is wrong with it."""
     if isinstance(line, BadLine):
         return line
     number, value = line
     try:
         example = parse_example(value)
-        return render_example(bundle, example.messages, max_length, example.tools or None)
+        return render_example(bundle, example.messages, max_length, example.tools or None, turns=turns)
     except (BadExample, RenderError) as error:
         return BadLine(number, str(error))

@@ -25,7 +25,7 @@ from typing import Any
 from gateway.chat.bundle import TEMPLATE_FILE, TOKENIZER_FILE, Bundle
 from gateway.chat.render import IGNORED, TrainingSequence
 from gateway.chat.tokenizer import Tokenizer
-from gateway.jobdir import Hyperparameters
+from gateway.jobdir import Hyperparameters, Turns
 from trainer.check import resolve
 from trainer.dataset import MIN_EXAMPLES, Survey, render_line
 from trainer.jsonl import BadLine, read_jsonl
@@ -41,15 +41,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-length", type=int, required=True, help="tokens that the model is trained on at once")
     parser.add_argument("--limit", type=int, default=20, help="lines to show; the others are only counted")
     parser.add_argument("--timeout-s", type=float, default=math.inf, help="when to stop reading")
+    parser.add_argument("--turns", choices=("all", "last"), default="all", help="which of the assistant's are learnt")
     options = parser.parse_args(arguments)
     bundle = Bundle.from_files({name: (options.bundle / name).read_bytes() for name in (TEMPLATE_FILE, TOKENIZER_FILE)})
-    for found in preview(options.file, bundle, options.max_length, options.limit, options.timeout_s):
+    for found in preview(options.file, bundle, options.max_length, options.limit, options.timeout_s, options.turns):
         print(json.dumps(found), flush=True)
     return 0
 
 
 def preview(
-    file: Path, bundle: Bundle, max_length: int, limit: int, timeout_s: float = math.inf
+    file: Path, bundle: Bundle, max_length: int, limit: int, timeout_s: float = math.inf, turns: Turns = "all"
 ) -> Iterator[dict[str, Any]]:
     """The first lines and every problem (up to a bound) as dicts, then the summary."""
     deadline = time.monotonic() + timeout_s
@@ -58,7 +59,7 @@ def preview(
         if time.monotonic() > deadline:
             complete = False
             break
-        found = render_line(line, bundle, max_length)
+        found = render_line(line, bundle, max_length, turns)
         if isinstance(found, BadLine):
             survey.n_problems += 1
             if survey.n_problems <= PROBLEMS_SHOWN:

@@ -12,10 +12,12 @@ import secrets
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection
 
+from gateway.chat.bundle import Bundle
+from gateway.chat.conversation import RenderError
 from gateway.engines.catalog import Base, Catalog
 from gateway.engines.engine import Engine
 from gateway.errors import RateLimited, RequestError, TunegateError
@@ -75,6 +77,7 @@ class Creation:
         refs = {
             place: FileRef(file.id, file.filename, f"sha256:{file.digest}", place) for place, file in inputs.items()
         }
+        bundle = bundle_for(base, job.rendering.get("chat_template_kwargs", {}))
         spec = JobSpec(
             job_id=job.id,
             model=job.model,
@@ -85,12 +88,13 @@ class Creation:
             seed=job.seed,
             threads=self.settings.threads or len(os.sched_getaffinity(0)),
             max_length=base.context_length,
-            template_digest=base.bundle.digest,
+            template_digest=bundle.digest,
             hyperparameters=Hyperparameters(**job.hyperparameters),
+            turns=job.rendering.get("turns", "all"),
         )
         data = {place: self.blobs.path(file.digest) for place, file in inputs.items()}
         try:
-            build_folder(self.jobs_dir / job.id, spec, data, base.bundle.to_files())
+            build_folder(self.jobs_dir / job.id, spec, data, bundle.to_files())
         except FileNotFoundError as error:  # deleted since its row was read
             raise RequestError(
                 "A file of this job was deleted while the job was being created; upload it again.",
@@ -114,6 +118,18 @@ class Creation:
             validating += f" and validation file: {job.validation_file}"
         statements.insert_job(connection, job, [f"Created fine-tuning job: {job.id}", validating])
         return job
+
+
+def bundle_for(base: Base, options: dict[str, Any]) -> Bundle:
+    """The base's bundle, with a job's own options over its own. RequestError when the template does not take them. Blocks."""
+    if not options:
+        return base.bundle
+    try:
+        return base.bundle.with_options({**base.bundle.options, **options})
+    except (ValueError, RenderError) as error:
+        raise RequestError(
+            f"'tunegate.chat_template_kwargs': {error}", param="tunegate.chat_template_kwargs"
+        ) from error
 
 
 def _find_inputs(connection: Connection, request: CreateJob, project_id: str) -> dict[str, File]:
@@ -164,6 +180,7 @@ def _new_job(request: CreateJob, base: Base, idempotency_key: str | None, projec
         seed=request.seed if request.seed is not None else secrets.randbelow(2**31),
         hyperparameters=dict(request.hyperparameters),
         metadata=request.metadata,
+        rendering=request.rendering.to_json(),
         idempotency_key=idempotency_key,
         project_id=project_id,
     )
@@ -173,6 +190,8 @@ def _same(earlier: Job, request: CreateJob) -> Job:
     """The job of an earlier request with this key; RequestError when it asked for something else."""
     asked = ("model", "training_file", "validation_file", "suffix", "hyperparameters", "metadata")
     differing = [name for name in asked if getattr(earlier, name) != getattr(request, name)]
+    if request.rendering.to_json() != earlier.rendering:
+        differing.append("tunegate")
     if request.seed is not None and request.seed != earlier.seed:
         differing.append("seed")
     if differing:

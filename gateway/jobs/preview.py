@@ -17,6 +17,7 @@ from typing import Any
 
 from gateway.chat.bundle import Bundle
 from gateway.errors import RateLimited, TunegateError
+from gateway.jobdir import Turns
 from gateway.jobs.launcher import child_environment
 
 PARALLEL = 2
@@ -40,7 +41,9 @@ class Previews:
     def __init__(self) -> None:
         self._running = 0
 
-    async def run(self, file: Path | bytes, bundle: Bundle, max_length: int, limit: int) -> Preview:
+    async def run(
+        self, file: Path | bytes, bundle: Bundle, max_length: int, limit: int, turns: Turns = "all"
+    ) -> Preview:
         """What training on the file (or on these bytes) would see. RateLimited, TunegateError when it failed."""
         if self._running >= PARALLEL:
             raise RateLimited(f"{self._running} previews are being made, as many as may", retry_after_s=5)
@@ -48,7 +51,7 @@ class Previews:
         folder = await asyncio.to_thread(tempfile.TemporaryDirectory, prefix="tunegate-preview-")
         try:
             source = await asyncio.to_thread(_write, Path(folder.name), bundle, file)
-            return await _run(Path(folder.name), source, max_length, limit)
+            return await _run(Path(folder.name), source, max_length, limit, turns)
         finally:
             self._running -= 1
             await asyncio.to_thread(folder.cleanup)
@@ -64,9 +67,10 @@ def _write(folder: Path, bundle: Bundle, file: Path | bytes) -> Path:
     return source
 
 
-async def _run(folder: Path, source: Path, max_length: int, limit: int) -> Preview:
+async def _run(folder: Path, source: Path, max_length: int, limit: int, turns: Turns) -> Preview:
     command = [sys.executable, "-m", "trainer.preview", "--bundle", str(folder), "--file", str(source)]
     command += ["--max-length", str(max_length), "--limit", str(limit), "--timeout-s", str(READ_S)]
+    command += ["--turns", turns]
     with (folder / "log").open("w+b") as log:
         process = await asyncio.create_subprocess_exec(
             *command,

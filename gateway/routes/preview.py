@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from gateway.errors import RequestError
+from gateway.jobs.creation import bundle_for
 from gateway.routes import project_of
 from gateway.routes.body import read_json
 from gateway.store import files as statements
@@ -23,9 +25,10 @@ async def preview_training(request: Request) -> Response:
     asked = wire.parse_preview(await read_json(request, state.settings.limits.body_bytes))
     base = state.catalog.base_for_tuning(asked.model)
     source = asked.content if asked.content is not None else await _stored(request, asked.training_file or "")
-    found = await state.previews.run(source, base.bundle, base.context_length, asked.limit)
+    bundle = await asyncio.to_thread(bundle_for, base, asked.rendering.chat_template_kwargs)
+    found = await state.previews.run(source, bundle, base.context_length, asked.limit, asked.rendering.turns)
     body = wire.preview_body(
-        asked.model, base.bundle.template.name, base.bundle.digest, base.context_length, found.lines, found.summary
+        asked.model, bundle.template.name, bundle.digest, base.context_length, found.lines, found.summary
     )
     return Response(orjson.dumps(body), media_type="application/json")
 

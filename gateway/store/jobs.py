@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, exists, func, insert, select, update
@@ -53,6 +53,7 @@ class Job:
     attempt: int = 0
     cursor_offset: int = 0
     check: dict[str, Any] | None = None
+    rendering: dict[str, Any] = field(default_factory=dict)  # `tunegate` as asked: turns, chat_template_kwargs
 
     @property
     def is_over(self) -> bool:
@@ -88,7 +89,7 @@ def insert_job(connection: Connection, job: Job, messages: Iterable[str]) -> Non
             suffix=job.suffix,
             seed=job.seed,
             hyperparameters=job.hyperparameters,
-            method={"type": "supervised"},
+            method={"type": "supervised", **({"tunegate": job.rendering} if job.rendering else {})},
             metadata=job.metadata,
             idempotency_key=job.idempotency_key,
             status=job.status,
@@ -305,4 +306,5 @@ def _job(row: RowMapping) -> Job:
         attempt=row["attempt"],
         cursor_offset=row["cursor_offset"],
         check=row["check"],
+        rendering=(row["method"] or {}).get("tunegate", {}),
     )

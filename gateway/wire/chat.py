@@ -15,6 +15,7 @@ from gateway.wire import fields
 from gateway.wire.fields import Body, show
 from gateway.wire.messages import parse_messages
 from gateway.wire.sampling import SAMPLING_FIELDS, Sampling, parse_sampling, parse_stream
+from gateway.wire.template_options import template_options
 from gateway.wire.tools import TOOL_FIELDS, ToolRequest, parse_tools
 
 # Hints and bookkeeping that change no answer here: taken and left alone.
@@ -33,9 +34,6 @@ _REFUSED = {
 }
 _KNOWN = SAMPLING_FIELDS | TOOL_FIELDS | _IGNORED | _READ | _REFUSED.keys()
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
-_OPTION_LIMIT = 32
-# What a template is given by the server alone.
-_NO_OPTIONS = frozenset("messages tools documents add_generation_prompt continue_final_message tokenize".split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,26 +83,18 @@ def _refuse_unsupported(body: Body) -> None:
 
 def _options(body: Body) -> dict[str, Any]:
     """`reasoning_effort`, and vLLM's `chat_template_kwargs`: variables of a template, such as enable_thinking."""
-    effort, options = body.get("reasoning_effort"), body.get("chat_template_kwargs")
+    effort, options = (
+        body.get("reasoning_effort"),
+        template_options(body.get("chat_template_kwargs"), "chat_template_kwargs"),
+    )
     if effort is not None and effort not in _EFFORTS:
         raise RequestError(
             f"'reasoning_effort' must be one of {', '.join(_EFFORTS)}, not {show(effort)}", param="reasoning_effort"
         )
-    if options is not None and (not isinstance(options, dict) or len(options) > _OPTION_LIMIT):
-        raise RequestError(
-            f"'chat_template_kwargs' must be an object of at most {_OPTION_LIMIT} options, not {show(options)}",
-            param="chat_template_kwargs",
-        )
-    for name in options or {}:
-        if name in _NO_OPTIONS or name.endswith("_token") or not name.isidentifier():
-            raise RequestError(
-                f"'chat_template_kwargs' cannot set {show(name)}: it is not an option of a template",
-                param="chat_template_kwargs",
-            )
     read = {} if effort is None else {"reasoning_effort": effort}
     if effort == "none":
         read["enable_thinking"] = False
-    return read | (options or {})
+    return read | options
 
 
 def _logprobs(body: Body) -> int | None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from gateway.errors import RequestError
+from gateway.jobdir import Turns
 from gateway.wire.fields import show
+from gateway.wire.template_options import template_options
 
 if TYPE_CHECKING:
     from gateway.store.checkpoints import Checkpoint
@@ -37,10 +39,24 @@ CREATE_FIELDS = (
     "method",
     "metadata",
     "integrations",
+    "tunegate",
 )
 HYPERPARAMETERS = ("n_epochs", "batch_size", "learning_rate_multiplier")
 
 _METADATA_FILTER = re.compile(r"metadata\[(.*)\]", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """`tunegate`, our extension: which turns are learnt, and options of the template, which stay with the tuned model."""
+
+    turns: Turns = "all"
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """What differs from the default."""
+        shown: dict[str, Any] = {} if self.turns == "all" else {"turns": self.turns}
+        return shown | ({"chat_template_kwargs": self.chat_template_kwargs} if self.chat_template_kwargs else {})
 
 
 @dataclass(frozen=True)
@@ -54,6 +70,7 @@ class CreateJob:
     seed: int | None
     hyperparameters: dict[str, int | float | str]
     metadata: dict[str, str] | None
+    rendering: Rendering
 
 
 @dataclass(frozen=True)
@@ -75,7 +92,22 @@ def parse_create(body: Mapping[str, Any]) -> CreateJob:
         seed=_seed(body.get("seed")),
         hyperparameters=_method_hyperparameters(body.get("method"), body.get("hyperparameters")),
         metadata=_metadata(body.get("metadata")),
+        rendering=parse_rendering(body.get("tunegate")),
     )
+
+
+def parse_rendering(value: Any) -> Rendering:
+    """The field `tunegate`. Raises RequestError."""
+    if value is None:
+        return Rendering()
+    if not isinstance(value, Mapping):
+        raise RequestError(f"'tunegate' must be an object, not {show(value)}", param="tunegate")
+    _refuse_unknown(value, ("turns", "chat_template_kwargs"), "tunegate.")
+    turns = value.get("turns", "all")
+    if turns not in ("all", "last"):
+        raise RequestError(f"'tunegate.turns' must be 'all' or 'last', not {show(turns)}", param="tunegate.turns")
+    options = template_options(value.get("chat_template_kwargs"), "tunegate.chat_template_kwargs")
+    return Rendering(turns, options)
 
 
 def parse_idempotency_key(value: str | None) -> str | None:
@@ -108,6 +140,7 @@ def job_object(job: Job, organization: str) -> dict[str, Any]:
     hyperparameters = dict(job.hyperparameters)
     if job.check and not job.check.get("error"):
         hyperparameters = {name: job.check[name] for name in HYPERPARAMETERS}
+    extension = {"tunegate": job.rendering} if job.rendering else {}
     return {
         "id": job.id,
         "object": "fine_tuning.job",
@@ -128,6 +161,7 @@ def job_object(job: Job, organization: str) -> dict[str, Any]:
         "validation_file": job.validation_file,
         "integrations": [],
         "metadata": job.metadata,
+        **extension,
     }
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from gateway.errors import RequestError
 from gateway.wire.fields import integer, refuse_unknown, required_string, show, string
+from gateway.wire.fine_tuning import Rendering, parse_rendering
 
-FIELDS = ("model", "training_file", "lines", "limit")
+FIELDS = ("model", "training_file", "lines", "limit", "tunegate")
 DEFAULT_LIMIT = 20
 MAX_LIMIT = 1000
 
@@ -23,6 +24,7 @@ class PreviewRequest:
     training_file: str | None
     content: bytes | None
     limit: int
+    rendering: Rendering
 
 
 def parse_preview(body: Mapping[str, Any]) -> PreviewRequest:
@@ -38,7 +40,11 @@ def parse_preview(body: Mapping[str, Any]) -> PreviewRequest:
         )
     limit = integer(body, "limit", 0, MAX_LIMIT)
     return PreviewRequest(
-        model, training_file, None if lines is None else _content(lines), DEFAULT_LIMIT if limit is None else limit
+        model,
+        training_file,
+        None if lines is None else _content(lines),
+        DEFAULT_LIMIT if limit is None else limit,
+        parse_rendering(body.get("tunegate")),
     )
 
 

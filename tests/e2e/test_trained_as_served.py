@@ -23,7 +23,8 @@ pytestmark = pytest.mark.timeout(1200)
 CHAT_TEMPLATE = """\
 {%- set last = namespace(user=0) -%}
 {%- for m in messages if m.role == 'user' %}{% set last.user = messages.index(m) %}{% endfor -%}
-{{ bos_token }}
+{{ bos_token }}{% if brief %}Be short.
+{% endif %}
 {%- if tools %}Functions:{% for tool in tools %} {{ tool.function.name }}{% endfor %}
 {% endif -%}
 {%- for m in messages -%}
@@ -97,16 +98,25 @@ def _lines_of_its_own() -> list[dict[str, Any]]:
     return [*lines, *[{"messages": called, "tools": [TOOL]} for _ in range(4)]]
 
 
-@pytest.mark.parametrize(("base", "lines"), [("vicuna", _lines()), ("own", _lines_of_its_own())])
+@pytest.mark.parametrize(
+    ("base", "lines", "extension"),
+    [
+        ("vicuna", _lines(), None),
+        ("own", _lines_of_its_own(), {"turns": "last", "chat_template_kwargs": {"brief": True}}),
+    ],
+)
 def test_prompts_and_replies_are_served_with_the_ids_that_were_trained(
-    both: Server, base: str, lines: list[dict[str, Any]]
+    both: Server, base: str, lines: list[dict[str, Any]], extension: dict[str, Any] | None
 ) -> None:
     client = both.client()
-    job = training.create(client, base, training.upload(client, lines), n_epochs=12)
+    file_id = training.upload(client, lines)
+    job = training.create(client, base, file_id, n_epochs=12, extra_body={"tunegate": extension})
+    assert job.model_dump().get("tunegate") == extension
     ended = training.wait_for_end(client, job.id)
     assert ended.status == "succeeded", (ended.error, training.messages(client, job.id), both.log_tail())
     assert ended.fine_tuned_model is not None
-    trained = _trained_sequences(JobDir(both.data / "jobs" / job.id))
+    folder = JobDir(both.data / "jobs" / job.id)
+    trained, tokenizer = _trained_sequences(folder), read_bundle(folder).tokenizer
     assert len(trained) == len(lines)
 
     n_spans, exact = 0, 0
@@ -115,15 +125,20 @@ def test_prompts_and_replies_are_served_with_the_ids_that_were_trained(
         for turn, message in enumerate(line["messages"]):
             if message["role"] != "assistant" or message.get("weight") == 0:
                 continue
+            if extension and turn + 1 < len(line["messages"]):
+                continue  # turns: last
             served = _ask(client, ended.fine_tuned_model, line["messages"][:turn], line.get("tools"))
             prompt = served["prompt_token_ids"]
             homes = [n for n, s in enumerate(sequences) if s.ids[: len(prompt)] == prompt and (n, len(prompt)) in spans]
+            assert ("Be short." in tokenizer.decode(prompt)) == (extension is not None), (
+                "the job's options stay with its model"
+            )
             assert len(homes) == 1, (base, line, "is not learnt from the prompt that is served")
             span = spans.pop((homes[0], len(prompt)))
             n_spans += 1
             exact += served["choices"][0]["token_ids"] == span
         assert not spans, "what is learnt and is no turn's reply"
-    assert n_spans > len(lines)
+    assert n_spans >= len(lines)
     # The model has learnt its few replies, so what it says back shows the learnt ids, through the stop and no further.
     assert exact >= 0.8 * n_spans, f"{exact} of {n_spans} replies are the learnt ids"
 
@@ -149,7 +164,7 @@ def _ask(client: OpenAI, model: str, said: list[dict[str, Any]], tools: list[dic
 
 def _trained_sequences(job: JobDir) -> list[list[TrainingSequence]]:
     (path,) = job.data.glob("train*.jsonl")
-    examples = load_examples(Path(path), read_bundle(job), max_length=1024)
+    examples = load_examples(Path(path), read_bundle(job), 1024, job.read_spec().turns)
     return [examples.sequences(number) for number in range(len(examples))]
 
 
