@@ -220,6 +220,7 @@ class Scheduler:
             done = self._filling.compute_chunk(group)
             if done is not None:
                 self._running.start(*done)
+                self._flush()  # a first token does not wait for the step that follows
         except NativeError as error:
             self._native_failure([self._filling.current] if self._filling.current else [], error)
         if group not in self._running.groups:
