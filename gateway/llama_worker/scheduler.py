@@ -51,6 +51,7 @@ class Scheduler:
         cache: PrefixCache,
         metrics: Metrics,
         publish: Callable[[list[tuple[Generation, Event]]], None],
+        rows: int,
     ) -> None:
         self._context = context
         self._adapters = adapters
@@ -64,7 +65,7 @@ class Scheduler:
         self._decoder = Decoder(context, adapters, metrics, self._turns)
         self._waiting: deque[Generation] = deque()
         self._filling = Filling(self._decoder, self._places, cache, metrics)
-        self._running = Running(model, self._decoder, self._places, metrics, self._emit, self._fail_one)
+        self._running = Running(model, self._decoder, self._places, metrics, rows, self._emit, self._fail_one)
         self._errands: deque[tuple[Iterator[bool], Reply]] = deque()
         self._unloading: list[tuple[Registered, Reply]] = []
         self._failures = 0

@@ -106,7 +106,7 @@ class Ours(Server):
         arguments = ["--ctx", str(setting.context), "--max-seqs", str(setting.sequences)]
         arguments += ["--max-adapters", str(in_memory)]
         arguments += ["--threads", str(setting.threads)]
-        arguments += ["--flash-attention"] if setting.flash_attention else []
+        arguments += ["--fastest"] if setting.flash_attention else []
         self.worker = RunningWorker(folder / "tunegate", setting.model, *arguments)
         try:
             self.worker.wait_ready()
