@@ -26,7 +26,8 @@ import uvicorn
 import uvloop
 
 from gateway import __version__
-from gateway.llama_worker.proof import Mode, NoWorkingMode, keep_numbers_steady, prove
+from gateway.llama_worker.proof import Mode, NoWorkingMode, prove
+from gateway.llama_worker.steady import FASTEST, steady
 
 log = logging.getLogger("gateway.llama_worker")
 
@@ -48,7 +49,6 @@ def main() -> int:
     logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("gguf").setLevel(logging.WARNING)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    keep_numbers_steady()
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_ROUNDS)  # read when llama.cpp is imported, here and in the child
     try:
@@ -94,9 +94,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--kv-type", choices=["f16", "f32"], default="f16", help="f32 doubles the KV, for comparisons")
     parser.add_argument(
-        "--flash-attention",
+        "--fastest",
         action="store_true",
-        help="faster with many sequences or long ones, but a reply may differ by a rounding with what else runs",
+        help="flash attention and any kernel: faster under load, but a reply may change with what else runs",
     )
     parser.add_argument(
         "--threads", type=_whole(0, 1024), default=0, help="0 = this process's cores, fewer for a small model"
@@ -142,22 +142,36 @@ class Worker:
         if context > self._model.trained_context:
             log.warning("--ctx is %d; the model was trained on %d positions", context, self._model.trained_context)
         size = ContextSize(context, options.max_seqs, max(PROMPT_CHUNK, options.max_seqs), options.kv_type)
-        flash_attention = FLASH_ATTENTION_ON if options.flash_attention else FLASH_ATTENTION_OFF
+        arrangement = FASTEST if options.fastest else steady(self._model.file_type)
+        arrangement.prepare()
+        flash_attention = FLASH_ATTENTION_ON if arrangement.flash_attention else FLASH_ATTENTION_OFF
         self._context = Context(self._model, size, options.threads, flash_attention)
-        self._adapters = Adapters(self._model, options.served_name, options.max_adapters)
+        self._adapters = Adapters(self._model, options.served_name, options.max_adapters, arrangement.adapter_forms)
         cache = PrefixCache(options.cache_mib * 2**20 if self._model.restorable else 0)
         self._embedder = Embedder(self._model, context, options.threads)
         self._loop = uvloop.new_event_loop()
         metrics = Metrics()
         self._scheduler = Scheduler(
-            self._model, self._context, self._adapters, options.served_name, cache, metrics, publisher(self._loop)
+            self._model,
+            self._context,
+            self._adapters,
+            options.served_name,
+            cache,
+            metrics,
+            publisher(self._loop),
+            arrangement.rows,
         )
         self._version = {
             "version": __version__,
             "kind": "llama",
             "llama_cpp": library_version(),
             "base_digest": digest.result(),
-            "mode": {"name": mode.name, "use_extra_bufts": mode.use_extra_bufts, "threads": options.threads},
+            "mode": {
+                "name": mode.name,
+                "use_extra_bufts": mode.use_extra_bufts,
+                "threads": options.threads,
+                "fastest": options.fastest,
+            },
             "max_model_len": context,
             "max_num_seqs": options.max_seqs,
             "structured_outputs": list(KINDS),

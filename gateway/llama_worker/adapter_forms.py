@@ -33,12 +33,12 @@ PLAIN_TYPES = {gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16}
 class Forms:
     """One adapter in memory: the prompt form at once, the decode form when it is first asked for."""
 
-    def __init__(self, model: Model, path: Path) -> None:
-        """NativeError when llama.cpp refuses the file."""
+    def __init__(self, model: Model, path: Path, two: bool = True) -> None:
+        """NativeError when llama.cpp refuses the file. Without `two` one form serves both."""
         self._model = model
         self._path = path
         self.for_prompts = model.load_adapter(path)
-        self._for_decoding: Adapter | None = None
+        self._for_decoding: Adapter | None = None if two else self.for_prompts
 
     @property
     def for_decoding(self) -> Adapter:
@@ -53,7 +53,7 @@ class Forms:
 
     def close(self) -> None:
         """Frees both. No open context may use them."""
-        self.for_prompts.close()
+        self.for_prompts.close()  # closing twice is harmless, where one form serves both
         if self._for_decoding is not None:
             self._for_decoding.close()
 

@@ -37,10 +37,11 @@ class Registered:
 class Adapters:
     """Registers adapters for one model and has them in memory when they are needed."""
 
-    def __init__(self, model: Model, served_name: str, limit: int) -> None:
+    def __init__(self, model: Model, served_name: str, limit: int, two_forms: bool = True) -> None:
         self._model = model
         self._served_name = served_name
         self._limit = limit
+        self._two_forms = two_forms
         self._serials = itertools.count(1)
         self._registered: dict[str, Registered] = {}
         self._leaving: dict[str, Registered] = {}
@@ -73,7 +74,7 @@ class Adapters:
         path = _adapter_path(directory)
         try:
             identity = _identity(path)
-            forms = Forms(self._model, path)
+            forms = Forms(self._model, path, self._two_forms)
         except (NativeError, OSError) as error:
             raise RequestError(f"llama.cpp refused {path}: {error}", param="lora_path") from None
         entry = Registered(name, next(self._serials), path, identity)
@@ -100,7 +101,7 @@ class Adapters:
                     f"The file of adapter {entry.name!r}, {entry.path}, has changed since it was loaded; a name means one "
                     "adapter for as long as it is loaded. Unload it and load the new file under another name."
                 )
-            self._in_memory[entry.serial] = Forms(self._model, entry.path)
+            self._in_memory[entry.serial] = Forms(self._model, entry.path, self._two_forms)
         except (NativeError, OSError) as error:
             raise TunegateError(f"Adapter {entry.name!r} cannot be loaded again from {entry.path}: {error}") from None
         return True

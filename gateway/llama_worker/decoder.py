@@ -1,24 +1,6 @@
-"""One llama_decode with what goes with it: the adapter's form, the clock and the count. On the decode loop's thread.
+"""One llama_decode with what goes with it: the adapter's form and the clock. On the decode loop's thread.
 
-What a number depends on, measured on x86 with AVX-512 and q4_0 (`python -m tests.bench.llama_worker.bits` prints it anew):
-
-    what changes                                      largest change of a logit
-    another stream, the same call again               none
-    prompt chunks of 8 to 200 rows                    none (flash attention on: 0.16)
-    eight prompts in one call                         none
-    2, 3, 5 decode rows instead of 1                  none (flash attention on, from 512 positions on: 0.16)
-    8 decode rows instead of 1                        2e-6: the q6_K output matrix has another kernel from 8 rows on
-    a prompt one row at a time                        0.14: attention has dot products for one row, tinyBLAS for more
-    an adapter with one row and with several          0.15: see adapter_forms
-
-So: prompt rows and decode rows never share a call (llama.cpp would cut the chunk to mix them); KV that decode rows wrote is
-never reused for a prompt; the K-quants' kernel for many rows is switched off (it would gain 5% at 16 rows of this model, and
-nothing at 8); and flash attention is off. That costs: eight streams decode at 224 tokens/s instead of 300 at 60 positions, at
-175 instead of 208 at 550.
-
-With that, the same holds for weights in q4_1, q5_0, q8_0, iq4_nl, q5_K and q6_K. It does not for q4_K, whose repacked kernels
-differ between 3 rows and 4 (0.18), for bf16 (0.04) and for f16 (0.005), whose one row is a dot product and whose several
-are tinyBLAS: there, a reply may change with what else runs.
+Its rule: prompt rows and decode rows never share a call (see steady for why, and for how many rows one may have).
 """
 
 from __future__ import annotations

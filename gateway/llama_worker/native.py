@@ -90,6 +90,13 @@ class Model:
         self.end_ids = frozenset(i for i in range(self.vocab_size) if llama.llama_vocab_is_eog(self._vocab, i))
 
     @property
+    def file_type(self) -> int | None:
+        """What the GGUF says most of its weights are (llama.cpp's enum llama_ftype), or None."""
+        text = ctypes.create_string_buffer(16)
+        length = llama.llama_model_meta_val_str(self.pointer, b"general.file_type", text, len(text))
+        return int(text.value) if length > 0 and text.value.isdigit() else None
+
+    @property
     def restorable(self) -> bool:
         """Whether the KV of a prompt serves any of its beginnings: not with a sliding window or a recurrent state."""
         windowed = int(llama.llama_model_n_swa(self.pointer)) > 0

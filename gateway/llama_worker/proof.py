@@ -38,11 +38,6 @@ class Mode:
 MODES = (Mode("default", use_extra_bufts=True), Mode("no-extra-buffers", use_extra_bufts=False))
 
 
-def keep_numbers_steady() -> None:
-    """Has llama.cpp use the same kernels for any number of rows (see decoder). Before its first decode; children inherit it."""
-    os.environ.setdefault("GGML_CPU_TILED_MM", "0")
-
-
 class NoWorkingMode(RuntimeError):
     """llama.cpp cannot decode this model here in any mode."""
 

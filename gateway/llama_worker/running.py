@@ -28,12 +28,13 @@ class Running:
     """The sequences that have their prompt behind them."""
 
     def __init__(
-        self, model: Model, decoder: Decoder, places: Places, metrics: Metrics, emit: Emit, fail: Fail
+        self, model: Model, decoder: Decoder, places: Places, metrics: Metrics, rows: int, emit: Emit, fail: Fail
     ) -> None:
         self._model = model
         self._decoder = decoder
         self._places = places
         self._metrics = metrics
+        self._rows = rows  # in one call, at most
         self._emit = emit
         self._fail = fail  # ends one request; calls `remove`
         self._groups: dict[int, list[Sequence]] = {}  # by group, in the order of their places
@@ -70,17 +71,20 @@ class Running:
 
     def step(self, group: int) -> None:
         """One token for every sequence of `group`. NativeError concerns them all."""
-        sequences = list(self._groups[group])
-        logits = self._decoder.rows(
-            sequences[0].generation,
-            [sequence.last_id for sequence in sequences],
-            [sequence.position for sequence in sequences],
-            [sequence.place for sequence in sequences],
-        )
-        self._metrics.generated_tokens.inc(len(sequences))
-        for row, sequence in enumerate(sequences):
-            sequence.position += 1
-            self._advance(sequence, logits[row])
+        waiting = list(self._groups[group])
+        while waiting:
+            part, waiting = waiting[: self._rows], waiting[self._rows :]
+            logits = self._decoder.rows(
+                part[0].generation,
+                [sequence.last_id for sequence in part],
+                [sequence.position for sequence in part],
+                [sequence.place for sequence in part],
+            )
+            self._metrics.generated_tokens.inc(len(part))
+            for row, sequence in enumerate(part):
+                sequence.position += 1
+                self._advance(sequence, logits[row])
+            waiting = [sequence for sequence in waiting if not sequence.generation.over]
 
     def moved(self, group: int, source: int, target: int) -> bool:
         """Follows a sequence to another place; False when none here had that place."""

@@ -51,6 +51,7 @@ class Scheduler:
         cache: PrefixCache,
         metrics: Metrics,
         publish: Callable[[list[tuple[Generation, Event]]], None],
+        rows: int,
     ) -> None:
         self._context = context
         self._adapters = adapters
@@ -64,7 +65,7 @@ class Scheduler:
         self._decoder = Decoder(context, adapters, metrics, self._turns)
         self._waiting: deque[Generation] = deque()
         self._filling = Filling(self._decoder, self._places, cache, metrics)
-        self._running = Running(model, self._decoder, self._places, metrics, self._emit, self._fail_one)
+        self._running = Running(model, self._decoder, self._places, metrics, rows, self._emit, self._fail_one)
         self._errands: deque[tuple[Iterator[bool], Reply]] = deque()
         self._unloading: list[tuple[Registered, Reply]] = []
         self._failures = 0
@@ -220,6 +221,7 @@ class Scheduler:
             done = self._filling.compute_chunk(group)
             if done is not None:
                 self._running.start(*done)
+                self._flush()  # a first token does not wait for the step that follows
         except NativeError as error:
             self._native_failure([self._filling.current] if self._filling.current else [], error)
         if group not in self._running.groups:

@@ -33,7 +33,7 @@ def stuck(tiny_model: Path) -> Iterator[tuple[Scheduler, Front]]:
     model = Model(tiny_model, NativeLog())
     context = Context(model, ContextSize(64, 2, 64), threads=1)
     adapters, metrics = Adapters(model, "base", 4), Metrics()
-    scheduler = Scheduler(model, context, adapters, "base", PrefixCache(0), metrics, lambda events: None)
+    scheduler = Scheduler(model, context, adapters, "base", PrefixCache(0), metrics, lambda events: None, rows=8)
     texts = NativeVocabulary(model), Embedder(model, 64, 1)
     yield scheduler, Front(scheduler, adapters, metrics, LIMITS, "base", "key", {}, 0, *texts, silence_s=0.05)
     context.close()

@@ -31,7 +31,7 @@ def test_the_ready_file_tells_who_serves_where(tiny_model: Path, tmp_path: Path)
         assert version["kind"] == "llama"
         assert version["base_digest"] == "sha256:" + hashlib.sha256(tiny_model.read_bytes()).hexdigest()
         assert (version["max_model_len"], version["max_num_seqs"]) == (256, 3)
-        assert version["mode"] == {"name": "default", "use_extra_bufts": True, "threads": 1}
+        assert version["mode"] == {"name": "default", "use_extra_bufts": True, "threads": 1, "fastest": False}
         assert version["llama_cpp"]
         assert ready["version"] == version["version"]
         assert len(worker.complete(n=3)["choices"]) == 3

@@ -21,7 +21,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tests.bench.llama_worker import models
+from tests.bench.llama_worker import cold, models
 from tests.bench.llama_worker.build import PeerUnavailable
 from tests.bench.llama_worker.rows import PREFIX, REPLY, SUFFIX, Measured, Row, check_reply, rows, run
 from tests.bench.llama_worker.servers import (
@@ -45,7 +45,7 @@ def main() -> int:
     shape = models.SHAPES[options.shape]
     setting = Setting(
         model=options.model or models.model(options.shape),
-        adapters=models.adapters(options.shape, max(options.adapters)),
+        adapters=models.adapters(options.shape, max(1, *options.adapters)),
         context=PREFIX + SUFFIX + REPLY + SPARE_POSITIONS,
         sequences=max(options.streams),
         threads=options.threads,
@@ -61,10 +61,10 @@ def main() -> int:
         results, python_cost = _measure(
             servers, rows(options.streams, options.adapters), options.rounds, shape.vocab_size
         )
-    report, holds = _report(results, missing)
-    print(report)
-    print(python_cost)
-    return 0 if holds else 1
+        start = cold.measure(setting, Path(folder) / "cold", options.registered, options.rounds, shape.vocab_size)
+    table, verdict, holds = _report(results, missing)
+    print(table, python_cost, start, verdict, sep="\n")
+    return 0 if holds and start.holds else 1
 
 
 def _parse() -> argparse.Namespace:
@@ -74,6 +74,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="another GGUF of that shape's vocabulary and adapters")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--adapters", type=int, nargs="+", default=[0, 1, 4], help="0 is the base")
+    parser.add_argument("--registered", type=int, default=1000, help="adapters, for the cold start")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument(
@@ -82,7 +83,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", default=["llama-server", "llama-cpp-python"], help="fewer of them")
     options = parser.parse_args()
     if options.quick:
-        options.streams, options.adapters, options.rounds = [1, 8], [0, 4], 1
+        options.streams, options.adapters, options.rounds, options.registered = [1, 8], [0, 4], 1, 40
     return options
 
 
@@ -124,7 +125,7 @@ def _asked(row: Row, server: Server) -> bool:
     return server.takes_adapters or (row.adapters == 0 and row.streams == AGAINST_PYTHON_STREAMS)
 
 
-def _report(results: Results, missing: dict[str, str]) -> tuple[str, bool]:
+def _report(results: Results, missing: dict[str, str]) -> tuple[str, str, bool]:
     names = list(dict.fromkeys(name for measured in results.values() for name in measured))
     lines = [
         f"{'':44}" + "".join(f"{name:>26}" for name in names),
@@ -144,8 +145,8 @@ def _report(results: Results, missing: dict[str, str]) -> tuple[str, bool]:
                 failed.append(f"{row.title} ({ratio:.2f}× {name}, asked {factor:g}×)")
         lines.append(line)
     lines += [f"{name} was not measured: {reason}" for name, reason in missing.items()]
-    lines.append(f"{held} comparisons hold, {len(failed)} do not" + (": " + "; ".join(failed) if failed else ""))
-    return "\n".join(lines), not failed and not missing
+    verdict = f"{held} comparisons hold, {len(failed)} do not" + (": " + "; ".join(failed) if failed else "")
+    return "\n".join(lines), verdict, not failed and not missing
 
 
 def _asked_factors(row: Row, measured: dict[str, list[Measured]]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """What a logit depends on in this build, on this CPU: `python -m tests.bench.llama_worker.bits`.
 
 Prints, for each way to compute the same 200 positions, the largest change of a logit and how many rows are bit-equal, with
-flash attention off and on. The rules of gateway/llama_worker/decoder.py and filling.py come from this table.
+flash attention off and on. The rules of gateway/llama_worker/steady.py and filling.py come from this table.
 """
 
 from __future__ import annotations

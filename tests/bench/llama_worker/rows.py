@@ -69,13 +69,13 @@ async def run(server: Server, row: Row, seed: int, vocab_size: int) -> Measured:
     """Sends the row's requests at once and waits for the last token."""
     bodies = [encode(server, ask) for ask in asks(row, seed, vocab_size)]
     started = time.perf_counter()
-    times = await asyncio.wait_for(asyncio.gather(*(_stream(server, body) for body in bodies)), TIMEOUT_S)
+    times = await asyncio.wait_for(asyncio.gather(*(stream(server, body) for body in bodies)), TIMEOUT_S)
     ended = max(last for _, last in times)
     first = statistics.median(first for first, _ in times)
     return Measured(row.streams * REPLY / (ended - started), first - started)
 
 
-async def _stream(server: Server, request: bytes) -> tuple[float, float]:
+async def stream(server: Server, request: bytes) -> tuple[float, float]:
     """(when the first frame came, when the last one came). A raw socket: the client must not take the server's cores."""
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     writer.write(request)

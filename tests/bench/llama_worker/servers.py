@@ -101,11 +101,12 @@ class Ours(Server):
     ended = b"data: [DONE]"
     headers = f"authorization: Bearer {KEY}\r\n"
 
-    def __init__(self, setting: Setting, folder: Path) -> None:
+    def __init__(self, setting: Setting, folder: Path, in_memory: int = 16) -> None:
         super().__init__(setting, folder)
         arguments = ["--ctx", str(setting.context), "--max-seqs", str(setting.sequences)]
+        arguments += ["--max-adapters", str(in_memory)]
         arguments += ["--threads", str(setting.threads)]
-        arguments += ["--flash-attention"] if setting.flash_attention else []
+        arguments += ["--fastest"] if setting.flash_attention else []
         self.worker = RunningWorker(folder / "tunegate", setting.model, *arguments)
         try:
             self.worker.wait_ready()
@@ -121,6 +122,9 @@ class Ours(Server):
         model = "base" if ask.adapter is None else f"adapter-{ask.adapter}"
         fields = {"model": model, "prompt": ask.prompt, "max_tokens": ask.tokens, "temperature": 0, "ignore_eos": True}
         return {**fields, "stream": True}
+
+    def __enter__(self) -> Ours:
+        return self
 
     def python_cost(self) -> tuple[float, float, int]:
         """(CPU seconds of the loop outside llama.cpp, CPU seconds of the HTTP thread, decode steps) so far."""
