@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -18,6 +19,20 @@ HELLO: dict[str, Any] = {"model": "tunegate-demo", "messages": [{"role": "user",
 PLAIN: dict[str, Any] = {"model": "tunegate-demo", "prompt": "The lamp in the attic", "temperature": 0}
 
 
+@pytest.fixture
+def client(server: Server) -> Iterator[OpenAI]:
+    """The SDK in its strict mode."""
+    with server.client() as sdk:
+        yield sdk
+
+
+@pytest.fixture
+def loose(server: Server) -> Iterator[OpenAI]:
+    """The SDK as it comes: OpenAI's own replies hold nulls that its strict mode refuses."""
+    with OpenAI(base_url=server.base_url, api_key="unused", max_retries=0) as sdk:
+        yield sdk
+
+
 class Lamp(BaseModel):
     room: Literal["attic", "hall"]
     watts: int = Field(ge=5, le=60)
@@ -30,8 +45,8 @@ class Order(BaseModel):
 
 
 @pytest.mark.parametrize("temperature", [0, 1, 2])
-def test_a_model_class_is_parsed_from_the_reply(server: Server, temperature: float) -> None:
-    completions = server.client().chat.completions
+def test_a_model_class_is_parsed_from_the_reply(client: OpenAI, temperature: float) -> None:
+    completions = client.chat.completions
     reply = completions.parse(**HELLO, response_format=Order, max_tokens=500, temperature=temperature, seed=5)
     choice = reply.choices[0]
     assert choice.finish_reason == "stop"
@@ -40,8 +55,7 @@ def test_a_model_class_is_parsed_from_the_reply(server: Server, temperature: flo
     assert again.choices[0].message.content == choice.message.content
 
 
-def test_a_stream_of_a_structured_reply_adds_up_to_it(server: Server) -> None:
-    client = server.client()
+def test_a_stream_of_a_structured_reply_adds_up_to_it(client: OpenAI) -> None:
     with client.chat.completions.stream(
         **HELLO, response_format=Order, max_tokens=500, seed=6, temperature=1
     ) as stream:
@@ -51,8 +65,7 @@ def test_a_stream_of_a_structured_reply_adds_up_to_it(server: Server) -> None:
     assert streamed.parsed == whole.choices[0].message.parsed
 
 
-def test_every_choice_of_many_is_in_the_form(server: Server) -> None:
-    client = server.client()
+def test_every_choice_of_many_is_in_the_form(client: OpenAI) -> None:
 
     def ask(seed: int) -> list[str | None]:
         asked = {"response_format": {"type": "json_object"}, "temperature": 1, "seed": seed, "max_tokens": 200, "n": 2}
@@ -64,8 +77,7 @@ def test_every_choice_of_many_is_in_the_form(server: Server) -> None:
     assert all(isinstance(json.loads(text or ""), dict) for text in texts)
 
 
-def test_vllms_structured_outputs_are_taken_too(server: Server) -> None:
-    client = server.client()
+def test_vllms_structured_outputs_are_taken_too(client: OpenAI) -> None:
 
     def say(**wish: Any) -> str:
         body = {"structured_outputs": wish}
@@ -77,8 +89,8 @@ def test_vllms_structured_outputs_are_taken_too(server: Server) -> None:
     assert json.loads(say(json={"type": "integer", "minimum": 3, "maximum": 7})) in range(3, 8)
 
 
-def test_logprobs_of_a_structured_reply_spell_it(server: Server) -> None:
-    reply = server.client().chat.completions.create(
+def test_logprobs_of_a_structured_reply_spell_it(client: OpenAI) -> None:
+    reply = client.chat.completions.create(
         **HELLO,
         response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": ["é", "😀"]}}},
         logprobs=True,
@@ -121,8 +133,7 @@ def test_what_the_engine_refuses_is_told_by_the_clients_own_name_for_it(
     check_error(post(server, "/chat/completions", json={**HELLO, **wish}), 400, param=param)
 
 
-def test_the_best_of_several_is_the_likeliest_of_them(server: Server) -> None:
-    client = server.client()
+def test_the_best_of_several_is_the_likeliest_of_them(server: Server, client: OpenAI) -> None:
     asked: dict[str, Any] = {**PLAIN, "max_tokens": 12, "temperature": 1.5, "seed": 8, "logprobs": 0}
     all_of_them = client.completions.create(**asked, n=4)
 
@@ -140,8 +151,7 @@ def test_the_best_of_several_is_the_likeliest_of_them(server: Server) -> None:
         check_error(post(server, "/completions", json={**asked, **wrong}), 400, param="best_of")
 
 
-def test_an_echo_with_scores_scores_the_prompt(server: Server) -> None:
-    client = server.client()
+def test_an_echo_with_scores_scores_the_prompt(client: OpenAI) -> None:
     prompt = "Set a lamp, café 😀"
     made = client.completions.create(**{**PLAIN, "prompt": prompt}, max_tokens=6, logprobs=2)
     reply = client.completions.create(**{**PLAIN, "prompt": prompt}, max_tokens=6, logprobs=2, echo=True)
@@ -163,8 +173,7 @@ def test_an_echo_with_scores_scores_the_prompt(server: Server) -> None:
         assert len(top) in (2, 3)
 
 
-def test_nothing_but_the_prompts_scores_is_made_for_max_tokens_0(server: Server) -> None:
-    client = server.client()
+def test_nothing_but_the_prompts_scores_is_made_for_max_tokens_0(server: Server, client: OpenAI, loose: OpenAI) -> None:
     asked: dict[str, Any] = {**PLAIN, "max_tokens": 0, "echo": True}
     reply = client.completions.create(**asked, logprobs=1)
     assert reply.choices[0].text == PLAIN["prompt"]
@@ -176,7 +185,6 @@ def test_nothing_but_the_prompts_scores_is_made_for_max_tokens_0(server: Server)
     assert "".join(scores.tokens or []) == PLAIN["prompt"]
     assert all(value is not None and math.isfinite(value) for value in scores.token_logprobs or [])
     # OpenAI gives null for a token that nothing comes before; the strict SDK takes none.
-    loose = OpenAI(base_url=server.base_url, api_key="unused", max_retries=0)
     ids = loose.completions.create(**{**asked, "prompt": [1, 300, 301, 302]}, logprobs=0).choices[0].logprobs
     assert ids is not None
     assert (ids.token_logprobs or [0])[0] is None
@@ -187,8 +195,7 @@ def test_nothing_but_the_prompts_scores_is_made_for_max_tokens_0(server: Server)
     check_error(post(server, "/completions", json={**PLAIN, "max_tokens": 0}), 400, param="max_tokens")
 
 
-def test_a_stop_id_ends_a_reply_and_is_no_part_of_it(server: Server) -> None:
-    client = server.client()
+def test_a_stop_id_ends_a_reply_and_is_no_part_of_it(server: Server, client: OpenAI) -> None:
     asked: dict[str, Any] = {**HELLO, "max_tokens": 16, "temperature": 0}
     ids = post(server, "/chat/completions", json={**asked, "return_token_ids": True}).json()["choices"][0]["token_ids"]
     whole = client.chat.completions.create(**asked).choices[0].message.content or ""
@@ -212,8 +219,7 @@ def test_a_stop_id_ends_a_reply_and_is_no_part_of_it(server: Server) -> None:
     )
 
 
-def test_logprobs_end_where_a_stop_string_cut_the_text(server: Server) -> None:
-    client = server.client()
+def test_logprobs_end_where_a_stop_string_cut_the_text(client: OpenAI) -> None:
     asked: dict[str, Any] = {**PLAIN, "max_tokens": 16, "logprobs": 0}
     whole = client.completions.create(**asked).choices[0]
     stop = whole.text[4:6]
