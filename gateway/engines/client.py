@@ -76,7 +76,10 @@ class EngineClient:
 
     async def _start(self, body: dict[str, Any], path: str) -> EngineStream:
         endpoint = self._endpoint()
-        request = _request(endpoint, path, orjson.dumps(body))
+        try:
+            request = _request(endpoint, path, orjson.dumps(body))
+        except orjson.JSONEncodeError:  # what a client may send is checked everywhere but for this
+            raise RequestError("The request holds something that is nested too deeply.") from None
         connection, fresh = self._reuse(endpoint), False
         if connection is None:
             connection, fresh = await self._connect(endpoint), True

@@ -23,7 +23,8 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from gateway.llama_worker.native import Adapter, Model
+from gateway.errors import TunegateError
+from gateway.llama_worker.native import Adapter, Model, NativeError
 
 log = logging.getLogger(__name__)
 
@@ -34,17 +35,23 @@ class Forms:
     """One adapter in memory: the prompt form at once, the decode form when it is first asked for."""
 
     def __init__(self, model: Model, path: Path, two: bool = True) -> None:
-        """NativeError when llama.cpp refuses the file. Without `two` one form serves both."""
+        """NativeError when llama.cpp refuses the file, OSError when it cannot be read. Without `two` one form serves both."""
         self._model = model
         self._path = path
+        self._identity = identity(path)
         self.for_prompts = model.load_adapter(path)
         self._for_decoding: Adapter | None = None if two else self.for_prompts
 
     @property
     def for_decoding(self) -> Adapter:
-        """The form for steps of one row a sequence; NativeError when the file is gone."""
+        """The form for steps of one row a sequence; TunegateError when the file is gone or another."""
         if self._for_decoding is None:
-            self._for_decoding = _decode_form(self._model, self._path) or self.for_prompts
+            try:
+                if identity(self._path) != self._identity:
+                    raise TunegateError(f"The adapter's file {self._path} has changed since it was loaded.")
+                self._for_decoding = _decode_form(self._model, self._path) or self.for_prompts
+            except (NativeError, OSError, ValueError) as error:
+                raise TunegateError(f"The adapter's file {self._path} cannot be read again: {error}") from None
         return self._for_decoding
 
     def owns(self, adapter: Adapter | None) -> bool:
@@ -56,6 +63,12 @@ class Forms:
         self.for_prompts.close()  # closing twice is harmless, where one form serves both
         if self._for_decoding is not None:
             self._for_decoding.close()
+
+
+def identity(path: Path) -> tuple[int, ...]:
+    """Device, inode, size and time of the last change of a file."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _decode_form(model: Model, path: Path) -> Adapter | None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gateway.errors import NotFound, RequestError, TunegateError
-from gateway.llama_worker.adapter_forms import Forms
+from gateway.llama_worker.adapter_forms import Forms, identity
 from gateway.llama_worker.native import Context, Model, NativeError
 
 log = logging.getLogger(__name__)
@@ -73,11 +73,11 @@ class Adapters:
             )
         path = _adapter_path(directory)
         try:
-            identity = _identity(path)
+            known = identity(path)
             forms = Forms(self._model, path, self._two_forms)
         except (NativeError, OSError) as error:
             raise RequestError(f"llama.cpp refused {path}: {error}", param="lora_path") from None
-        entry = Registered(name, next(self._serials), path, identity)
+        entry = Registered(name, next(self._serials), path, known)
         self._registered[name] = entry
         if self._make_room(context, used):
             self._in_memory[entry.serial] = forms
@@ -96,7 +96,7 @@ class Adapters:
         if not self._make_room(context, used):
             return False
         try:
-            if _identity(entry.path) != entry.identity:
+            if identity(entry.path) != entry.identity:
                 raise TunegateError(
                     f"The file of adapter {entry.name!r}, {entry.path}, has changed since it was loaded; a name means one "
                     "adapter for as long as it is loaded. Unload it and load the new file under another name."
@@ -153,8 +153,3 @@ def _adapter_path(directory: str | None) -> Path:
     if not path.is_file():
         raise NotFound(f"lora_path is {directory!r}; there is no {ADAPTER_FILE} in it.", param="lora_path")
     return path
-
-
-def _identity(path: Path) -> tuple[int, ...]:
-    found = path.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

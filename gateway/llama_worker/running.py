@@ -6,6 +6,7 @@ llama.cpp computes neighbours in one pass; what a sequence gets does not depend 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -19,6 +20,8 @@ from gateway.llama_worker.places import Places
 from gateway.llama_worker.sampling import Sampler
 from gateway.llama_worker.scoring import score_rows
 from gateway.llama_worker.wire import Choice
+
+log = logging.getLogger(__name__)
 
 Emit = Callable[[Generation, Event], None]
 Fail = Callable[[Generation, TunegateError], None]
@@ -125,6 +128,10 @@ class Running:
             token = sequence.sampler.choose(logits)
         except RequestError as error:  # of its grammar
             self._fail(generation, error)
+            return
+        except Exception:  # whatever its parameters have led to: the others go on
+            log.exception("the next token of a request could not be chosen")
+            self._fail(generation, TunegateError("The worker failed on this request; its log says why."))
             return
         sequence.last_id = token
         sequence.generated += 1

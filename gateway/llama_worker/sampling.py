@@ -22,6 +22,7 @@ Ids = npt.NDArray[np.int64]
 
 GREEDY_BELOW = 1e-5  # a temperature under this is 0, as in vLLM
 FILTER_ROUNDS = 8
+LARGEST = np.finfo(np.float32).max / 4  # an adjusted logit: differences of two stay finite
 ROUND = 64  # candidates that are tried before those that were refused are left out
 
 
@@ -96,7 +97,10 @@ class Sampler:
         if self._seen is not None:
             seen = logits[self._seen]
             penalty = np.float32(sampling.repetition_penalty)
-            logits[self._seen] = np.where(seen > 0, seen / penalty, seen * penalty)
+            with np.errstate(
+                divide="ignore", over="ignore", invalid="ignore"
+            ):  # the smallest penalties are 0 as float32
+                logits[self._seen] = np.clip(np.where(seen > 0, seen / penalty, seen * penalty), -LARGEST, LARGEST)
         if self._counts is not None:
             logits -= np.float32(sampling.frequency_penalty) * self._counts
             logits -= np.float32(sampling.presence_penalty) * (self._counts > 0)
@@ -131,7 +135,7 @@ class Sampler:
         left; so the first that is allowed is a draw from those that are. Each round leaves out what was refused by then, with
         all that begins like it. Where the grammar refuses whatever the filters leave, they are not asked for ever.
         """
-        rounds = 0
+        rounds, size = 0, ROUND
         while True:
             ids = constraint.candidates()
             ids = ids[logits[ids] > -np.inf]
@@ -143,7 +147,7 @@ class Sampler:
                 noise = self._random.standard_exponential(len(weights), dtype=np.float32) + np.float32(1e-30)
                 ids, values = (ids if kept is None else ids[kept]), weights / noise
                 rounds += kept is not None
-            few = min(ROUND, len(ids))
+            few, size = min(size, len(ids)), 2 * size  # a round looks at the whole vocabulary: few of them
             places = np.argpartition(values, len(values) - few)[-few:]
             yield from ids[places[np.lexsort((places, -values[places]))]].tolist()
 

@@ -232,6 +232,9 @@ class Scheduler:
             self._failures = 0
         except NativeError as error:
             self._native_failure([each for each in self._running.generations() if each.group == group], error)
+        except TunegateError as error:  # its adapter cannot be had
+            for generation in [each for each in self._running.generations() if each.group == group]:
+                self._fail_one(generation, error)
 
     def _close_gap(self, group: int) -> None:
         move = self._places.close_gap(group)

@@ -261,3 +261,11 @@ async def test_a_reader_that_does_not_read_stops_the_engine_from_sending() -> No
         while frames := await stream.frames():
             count += len(frames)
         assert count == 3000
+
+
+async def test_a_body_that_is_nested_too_deeply_is_the_clients_mistake() -> None:
+    client = EngineClient(
+        lambda: Endpoint("127.0.0.1", 1, "secret"), Deadlines(first_token_s=5.0, between_tokens_s=5.0)
+    )
+    with pytest.raises(RequestError, match="nested too deeply"):
+        await client.stream({"structured_outputs": {"json": json.loads("[" * 400 + "]" * 400)}})

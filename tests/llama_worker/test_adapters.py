@@ -223,3 +223,20 @@ def test_a_thousand_adapters_are_registered_and_any_of_them_answers(tiny_model: 
         expected = [worker.ids(model=f"name-{index}", max_tokens=12) for index in range(8)]
         for index in (0, 999, 500, 7, 1, 250):
             assert worker.ids(model=f"name-{index}", max_tokens=12) == expected[index % 8]
+
+
+@pytest.mark.parametrize("what", ["gone", "another"])
+def test_a_file_that_goes_before_the_first_reply_ends_that_reply_alone(
+    tiny_model: Path, tmp_path: Path, what: str
+) -> None:
+    file = write_tiny_lora(tmp_path / "x" / "adapter.gguf", seed=1)
+    with running(tmp_path / "worker", tiny_model) as worker:
+        assert worker.load("x", tmp_path / "x").status_code == 200
+        file.unlink()
+        if what == "another":
+            write_tiny_lora(file, seed=2)
+        for _ in range(4):
+            response = worker.post(model="x")
+            assert response.status_code == 500 and "adapter.gguf" in response.json()["error"]["message"]
+        assert worker.post().status_code == 200
+        assert worker.process.poll() is None

@@ -120,3 +120,10 @@ def test_the_largest_come_first_and_equals_by_id() -> None:
     assert top_ids(values, 3).tolist() == [1, 2, 3]
     assert top_ids(values, 0).tolist() == []
     assert top_ids(values, 99).tolist() == [1, 2, 3, 0, 4]
+
+
+@pytest.mark.parametrize("fields", [{"top_p": 0.5, "top_k": 3, "min_p": 0.1}, {"min_p": 1.0}, {}, {"temperature": 0.5}])
+@pytest.mark.parametrize("penalty", [1e-300, 1e-40, 1e-20])
+def test_a_penalty_that_overflows_still_chooses_a_likeliest_token(penalty: float, fields: dict[str, Any]) -> None:
+    sampler = Sampler(Sampling(repetition_penalty=penalty, **fields), [1, 2], 0, 4, frozenset())
+    assert sampler.choose(np.array([3.0, 2.0, -1.0, 0.5], dtype=np.float32)) == 1

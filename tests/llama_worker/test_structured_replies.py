@@ -200,3 +200,16 @@ def test_compiling_the_largest_schema_stops_no_stream(talker: RunningWorker) -> 
                 time.sleep(0)
         assert asked.result().status_code == 200
     assert came > 2
+
+
+def test_a_range_that_runs_backwards_is_refused(talker: RunningWorker) -> None:
+    response = talker.post(structured_outputs={"grammar": "root ::= [z-a]"})
+    assert response.status_code == 400 and "ends before it begins" in response.json()["error"]["message"]
+    assert talker.post().status_code == 200
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_what_is_nested_too_deeply_is_refused(talker: RunningWorker, as_text: bool) -> None:
+    deep = json.loads('{"const": ' + "[" * 400 + "]" * 400 + "}")
+    response = talker.post(structured_outputs={"json": json.dumps(deep) if as_text else deep})
+    assert response.status_code == 400 and "nested too deeply" in response.json()["error"]["message"]

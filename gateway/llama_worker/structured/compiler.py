@@ -53,7 +53,10 @@ def read_wish(value: object) -> Wish | None:
     wanted: dict[str, type | tuple[type, ...]] = {"json": (dict, bool), "json_object": bool, "choice": list}
     if not isinstance(told, wanted.get(kind, str)):
         raise RequestError(f"{PARAM}.{kind} is a {type(told).__name__}, which it cannot be.", param=PARAM)
-    return Wish(kind, orjson.dumps(told))
+    try:
+        return Wish(kind, orjson.dumps(told))
+    except orjson.JSONEncodeError:
+        raise RequestError(f"{PARAM}.{kind} is nested too deeply.", param=PARAM) from None
 
 
 class Compiler:

@@ -179,6 +179,8 @@ class _Reader:
                 self._at += 1
                 self._refuse_end(self._text[self._at], "a character class has no closing `]`")
                 high = self._code_point()
+                if high < low:
+                    raise self._error("a range of a character class ends before it begins")
             ranges.append((low, high))
         self._at += 1
         return Class(_complement(ranges) if negated else tuple(sorted(ranges)))
