@@ -120,8 +120,15 @@ class Residents:
         for one in idle:
             if self._used_bytes() + needed <= self._budget:
                 return
+            if one.engine.uses:  # since the one before it was stopped
+                continue
             log.info("engine %s: stopped, to make room for %s", one.engine.base.name, name)
             await one.engine.stop()
+        if self._used_bytes() + needed > self._budget:
+            raise EngineUnavailable(
+                f"'{name}' needs some {needed} bytes of memory; those that were idle are asked for again",
+                retry_after_s=RETRY_AFTER_S,
+            )
 
     def _used_bytes(self) -> int:
         return sum(one.memory_bytes for one in self._residents.values() if one.engine.started)

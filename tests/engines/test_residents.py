@@ -109,6 +109,27 @@ async def test_nobody_is_stopped_for_one_that_does_not_fit_anyway(make: MakeResi
     assert a.engine.ready and b.engine.ready
 
 
+async def test_one_that_is_asked_for_while_room_is_made_is_not_stopped(make: MakeResident) -> None:
+    residents = Residents(memory_bytes=10)
+    a, b, large = make("a", 5), make("b", 5), make("large", 10)
+    for resident in (a, b, large):
+        await residents.add(resident)
+    for resident in (a, b):
+        await resident.engine.hold()
+        resident.engine.release()
+    held: list[asyncio.Task[None]] = []
+
+    def hold_b(engine: Engine) -> None:
+        if engine.state == "stopping" and not held:
+            held.append(asyncio.create_task(b.engine.hold()))
+
+    a.engine.on_change(hold_b)
+    with pytest.raises(EngineUnavailable):
+        await large.engine.hold()
+    await held[0]
+    assert b.engine.ready and b.engine.restarts == 0 and not large.engine.started
+
+
 async def test_idle_ones_are_unloaded_and_come_back(make: MakeResident) -> None:
     residents = Residents()
     brief, lasting = make("brief", idle_unload_s=0.2), make("lasting", idle_unload_s=None)
