@@ -89,7 +89,7 @@ def list_models(bases: Path) -> list[AddedModel]:
 
 def default_name(source: str) -> str:
     """A name for a model that was given none: the last part of its path or id."""
-    name = Path(source).expanduser().resolve().name if Path(source).exists() else source.rpartition("/")[2]
+    name = Path(source).expanduser().resolve().name if os.path.exists(source) else source.rpartition("/")[2]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name.removesuffix(".gguf")).strip("-.") or "model"
 
 
@@ -114,6 +114,7 @@ def add_model(
             raise SettingsError(
                 f"there is a model named '{name}' already; `tunegate models remove {name}` first, or take another --name"
             )
+        _refuse_nested(bases, out, name)
         _prepare(out, source, name, template, kind, revision, recipe, lock)
     finally:
         os.close(lock)
@@ -126,7 +127,7 @@ def remove_model(data: Path, name: str) -> int:
     SettingsError when it is not there, when it is in use, or when it belongs to a settings file.
     """
     out = data / "bases" / checked_name(name)
-    leftovers = [out.with_name(f"{prefix}{out.name}") for prefix in (".writing-", ".fetching-")]
+    leftovers = [out.with_name(f"{prefix}{out.name}") for prefix in (".writing-", ".fetching-", ".removing-")]
     there = [path for path in (out, *leftovers) if path.is_dir()]
     if not there:
         known = ", ".join(model.name for model in list_models(data / "bases")) or "none"
@@ -134,12 +135,15 @@ def remove_model(data: Path, name: str) -> int:
     lock = lock_base(out, LOCK_WAIT_S)
     try:
         if out.is_dir():
+            _refuse_nested(data / "bases", out, name)
             _refuse_in_use(data, out, name)
         size = sum(_freed_bytes(path) for path in there)
         for path in there:
-            beside = path.with_name(f".removing-{path.name}")
-            path.rename(beside)  # at once: whoever looks finds it whole or not at all
-            shutil.rmtree(beside)
+            beside = path if path.name.startswith(".removing-") else path.with_name(f".removing-{path.name}")
+            if beside is not path:
+                shutil.rmtree(beside, ignore_errors=True)  # of a `remove` that was killed
+                path.rename(beside)  # at once: whoever looks finds it whole or not at all
+            shutil.rmtree(beside, ignore_errors=True)
         shutil.rmtree(data / "engines" / name, ignore_errors=True)
     finally:
         os.close(lock)
@@ -168,7 +172,7 @@ def _prepare(
 ) -> None:
     local = Path(source).expanduser()
     command = [sys.executable, "-m", "trainer.export.prepare", "--added", "--name", name, "--template", template]
-    command += ["--source", str(local.absolute())] if local.exists() else ["--source", source, "--hub"]
+    command += ["--source", str(local.absolute())] if os.path.exists(local) else ["--source", source, "--hub"]
     command += ["--out", str(out.absolute())]
     command += ["--type", kind, *(["--revision", revision] if revision else [])]
     command += [] if recipe is None else ["--recipe", "-"]
@@ -181,6 +185,18 @@ def _prepare(
         raise SettingsError(f"'{name}' is not whole yet; the same command goes on from here") from None
     if done.returncode != 0:
         raise SettingsError(f"'{name}' was not added; what is above says why")
+
+
+def _refuse_nested(bases: Path, out: Path, name: str) -> None:
+    """A model's folder is made and removed as a whole, so no other's may lie in it."""
+    above = [
+        str(folder.relative_to(bases))
+        for folder in out.parents
+        if bases in folder.parents and (folder / "base.json").is_file()
+    ]
+    within = [str(path.parent.relative_to(bases)) for path in out.glob("*/**/base.json")]
+    if others := [*above, *within]:
+        raise SettingsError(f"'{name}' and '{others[0]}' cannot both be: the folder of one would lie in the other's")
 
 
 def _refuse_in_use(data: Path, out: Path, name: str) -> None:

@@ -222,3 +222,26 @@ def _write(data: Path, row: ModelRow, *, delete: bool) -> None:
             store.close()
 
     asyncio.run(write())
+
+
+@pytest.mark.parametrize(("first", "second"), [("a", "a/b"), ("a/b", "a"), ("a", "a/b/c")])
+def test_a_model_does_not_lie_in_the_folder_of_another(first: str, second: str, tmp_path: Path) -> None:
+    source, bases = write_tiny_model(tmp_path / "model"), tmp_path / "data/bases"
+    add_model(bases, str(source), first, "alpaca", "f16")
+    with pytest.raises(SettingsError, match="cannot both be"):
+        add_model(bases, str(source), second, "alpaca", "f16")
+    assert [model.name for model in list_models(bases)] == [first]
+
+
+def test_what_a_killed_remove_left_goes_with_the_next(tmp_path: Path) -> None:
+    source, data = write_tiny_model(tmp_path / "model"), tmp_path / "data"
+    left = data / "bases/.removing-m"
+    for _ in range(2):
+        left.mkdir(parents=True)
+        (left / "model.gguf").write_bytes(b"x")
+        add_model(data / "bases", str(source), "m", "alpaca", "f16")
+        remove_model(data, "m")
+        assert not left.exists()
+    left.mkdir()
+    remove_model(data, "m")
+    assert not left.exists()
