@@ -96,6 +96,16 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
             GgufFile(tmp_path / "cut.gguf")
 
 
+def test_a_file_whose_weights_are_cut_off_is_refused(tmp_path: Path) -> None:
+    whole = write_tiny_gguf(tmp_path / "whole.gguf")
+    GgufFile(whole)
+    content = whole.read_bytes()
+    for size in (len(content) // 2, len(content) - 64):
+        (tmp_path / "cut.gguf").write_bytes(content[:size])
+        with pytest.raises(UnsupportedModel, match="of its weights are missing"):
+            GgufFile(tmp_path / "cut.gguf")
+
+
 def test_the_header_says_where_each_tensor_is(tmp_path: Path) -> None:
     path = write_tiny_gguf(tmp_path / "tiny.gguf")
     metadata, tensors = read_header(path)

@@ -6,6 +6,7 @@ is trained on only where every number that decides what the model computes is kn
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +38,8 @@ class GgufFile:
             )
         if "token_embd.weight" not in self.tensors:
             raise UnsupportedModel(f"{path.name} holds no language model (it has no token_embd.weight)")
+        if (missing := max(map(_end, self.tensors.values())) - path.stat().st_size) > 0:
+            raise UnsupportedModel(f"{path.name} is cut off: {missing} bytes of its weights are missing")
 
     @property
     def architecture(self) -> str:
@@ -208,6 +211,14 @@ class GgufFile:
         if found is None or isinstance(found, list):
             raise UnsupportedModel(f"its metadata has no single number for {key}")
         return found
+
+
+def _end(tensor: TensorInfo) -> int:
+    """Where a tensor's data ends in the file; where it begins, for a type that is not known here."""
+    if tensor.kind not in gguf.GGML_QUANT_SIZES:
+        return tensor.at
+    values, size_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.kind)]
+    return tensor.at + math.prod(tensor.shape) // values * size_bytes
 
 
 def _attention_scalar(name: str, config: Mapping[str, Any], head_size: int) -> int:
