@@ -92,7 +92,7 @@ def _message(number: int, value: Any, before: list[Message]) -> Message:
         calls,
         _answered(where, role, value, before),
         _optional_text(where, value, "name"),
-        _optional_text(where, value, "reasoning_content"),
+        _optional_text(where, value, "reasoning" if value.get("reasoning_content") is None else "reasoning_content"),
     )
 
 
@@ -123,7 +123,7 @@ def _call(where: str, value: Any) -> ToolCall:
         raise BadExample(f"{where}: 'arguments' is {_kind(arguments)}; it must be a string of JSON")
     try:
         read = json.loads(arguments or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadExample(f"{where}: 'arguments' is {_shown(arguments)}, which is not JSON ({error})") from error
     if not isinstance(read, dict):
         raise BadExample(f"{where}: 'arguments' holds {_kind(read)}; it must hold an object")

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from gateway.chat.conversation import Message, Options, RenderError, ToolCall, Tools
-from gateway.chat.sandbox import literal_text, render
+from gateway.chat.sandbox import Exceeded, literal_text, render
 
 # What the renderer reads itself; all other options are variables of the template.
 OWN_OPTIONS = frozenset({"date", "system"})
@@ -122,15 +122,33 @@ class JinjaTemplate:
 
         Most templates write `arguments | tojson` or go through its items, and a text would come out as a quoted one. Some put
         the text in as it is, and would show an object as Python does. R1's write calls only of messages whose content is null.
+        A form in which the call's result comes out too is taken before others: QwQ's look into the content of earlier calls.
         """
-        return next((form for form in _FORMS if self._writes_call(form)), None)
+        found = None
+        try:
+            for form in _FORMS:
+                if self._writes_call(form):
+                    if self._writes_answer(form):
+                        return form
+                    found = found or form
+        except RenderError:  # it ran out of its bounds: no use in trying the other forms
+            return None
+        return found
 
     @cached_property
     def takes_answers(self) -> bool:
         """Whether a tool's result comes out."""
         try:
-            return _PROBE_ANSWER in self._probe_call(self.call_form or CallForm(), answered=True)
+            return self._writes_answer(self.call_form or CallForm())
         except RenderError:
+            return False
+
+    def _writes_answer(self, form: CallForm) -> bool:
+        try:
+            return _PROBE_ANSWER in self._probe_call(form, answered=True)
+        except RenderError as error:
+            if isinstance(error.__cause__, Exceeded):
+                raise
             return False
 
     def _form_for(self, number: int) -> CallForm:
@@ -141,7 +159,9 @@ class JinjaTemplate:
     def _writes_call(self, form: CallForm) -> bool:
         try:
             text = self._probe_call(form, answered=False)
-        except RenderError:
+        except RenderError as error:
+            if isinstance(error.__cause__, Exceeded):
+                raise
             return False
         call = text[text.rfind(_PROBE_NAME) :]  # after the tools, the call
         as_python, as_quoted = f"'{_PROBE_KEY}'", f'\\"{_PROBE_KEY}\\"'
@@ -230,7 +250,7 @@ def _plain_call(call: ToolCall, form: CallForm, ids: Mapping[str, str]) -> dict[
     if form.arguments == "object":
         try:
             read = json.loads(call.arguments) if call.arguments else {}
-        except ValueError:
+        except (ValueError, RecursionError):
             read = None
         arguments = read if isinstance(read, dict) else call.arguments
     return {"id": ids[call.id], "type": "function", "function": {"name": call.name, "arguments": arguments}}

@@ -19,6 +19,7 @@ from gateway.chat.speech import offered
 
 IGNORED = -100
 QUICK_CHARACTERS = 4000  # what can be rendered and tokenised within about a millisecond
+_MESSAGE_WEIGHT = 20  # characters that a message counts for besides its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +55,22 @@ def render_quickly(
     bundle: Bundle, messages: Sequence[Message], tools: Tools | None = None, options: Options | None = None
 ) -> Prompt | None:
     """The same, or None when it may take more than a few milliseconds: then it is work for a thread."""
-    if tools or sum(len(message.content) for message in messages) > QUICK_CHARACTERS:
+    if tools or _size(messages, options) > QUICK_CHARACTERS:
         return None
+    if any(message.tool_calls or message.role == "tool" for message in messages):
+        return None  # the first of them probes the template
     try:
         return _Writer(bundle, tools, options, quick=True).prompt(messages)
     except TooLong:
         return None
+
+
+def _size(messages: Sequence[Message], options: Options | None) -> int:
+    """About how many characters are to be gone through; an option that is a list or a mapping is more than any bound."""
+    said = sum(len(m.content) + len(m.reasoning or "") + len(m.name or "") for m in messages)
+    for value in (options or {}).values():
+        said += QUICK_CHARACTERS + 1 if isinstance(value, list | tuple | dict) else len(str(value)[:QUICK_CHARACTERS])
+    return said + _MESSAGE_WEIGHT * len(messages)
 
 
 def render_example(
@@ -128,8 +139,11 @@ class _Writer:
         self._template, self._tokenizer = bundle.template, bundle.tokenizer
         self._quick = quick
         mark_all = bundle.controls.mark_all
-        self._tools = [mark_all(offered(tool)) for tool in tools] if tools else None
-        self._options = {**bundle.options, **mark_all(options or {})}
+        try:
+            self._tools = [mark_all(offered(tool)) for tool in tools] if tools else None
+            self._options = {**bundle.options, **mark_all(options or {})}
+        except RecursionError as error:
+            raise RenderError("a tool or a render option is nested too deeply") from error
 
     def prompt(self, messages: Sequence[Message]) -> Prompt:
         text = self._text([self._marked(message) for message in messages], generate=True)
@@ -168,6 +182,13 @@ class _Writer:
                 f"the template '{name}' writes {self._tokenizer.name_of(stop)!r} within a reply, where serving stops: what "
                 "comes after it cannot be learnt"
             )
+
+        for text in self._bundle.stop_strings:
+            if 0 <= written.find(text) < len(written) - len(text):
+                raise RenderError(
+                    f"a reply holds {text!r}, at which serving stops under the template '{name}': what comes after it cannot "
+                    "be learnt"
+                )
 
     def _text(self, messages: list[Message], *, generate: bool) -> str:
         return self._template.text(
@@ -211,7 +232,7 @@ class _Writer:
         ends = [end for token_id, end in ids.items() if token_id in self._bundle.stop_ids]
         if ends:
             return written[: max(ends)]
-        if frame.stop_id is None and frame.stop in written:
+        if frame.stop_id is None and frame.rest and frame.stop in written:
             return written[: written.rindex(frame.stop) + len(frame.stop)]
         return f"{written}{frame.tail}{frame.stop}"
 

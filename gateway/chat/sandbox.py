@@ -44,6 +44,9 @@ _TICK, _KEEP, _CONCAT = "tunegate tick", "tunegate keep", "tunegate concat"
 # Not in any chat template that is known: their cost cannot be foreseen, or they answer differently each time.
 REFUSED_FILTERS = frozenset({"pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr"})
 REFUSED_METHODS = frozenset({"translate", "maketrans", "striptags", "unescape"})
+_ENCODINGS = frozenset({"utf-8", "utf8", "ascii", "latin-1", "strict", "ignore", "replace"})  # others take their time
+_WORK_LIMIT = 500_000_000  # characters times characters that one search or strip may compare: a twentieth of a second
+_SLOW_LIMIT = 500_000  # characters for the filters that go through a text piece by piece: a quarter of a second
 REFUSED_TAGS = "autoescape, include, import, extends"
 
 
@@ -356,12 +359,27 @@ def _foresee_call(budget: Budget, function: Any, args: tuple[Any, ...], kwargs: 
         size = values[0] if values and isinstance(values[0], int) else 8
         tabs = owner.count("\t") if isinstance(owner, str) else owner.count(b"\t")
         budget.spend(len(owner) + tabs * max(0, size))
+    elif name in ("encode", "decode") and not _ENCODINGS.issuperset(values):
+        raise Exceeded("encodes a text in a way that is not taken")
+    elif name in _QUADRATIC and values:
+        _foresee_work(owner, values[0])
+    elif name == "join" and args and isinstance(args[0], str):
+        budget.spend(len(args[0]) * (1 + len(owner)))
     elif name == "join" and args:
         items = [*args[0]] if hasattr(args[0], "__iter__") else args[0]
         if isinstance(items, list):
             budget.spend(sum(len(item) + len(owner) for item in items if isinstance(item, str | bytes)))
         return (items, *args[1:])
     return args
+
+
+# The interpreter searches backwards, and strips, in time that both lengths multiply to, and nothing else runs meanwhile.
+_QUADRATIC = frozenset({"lstrip", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "strip"})
+
+
+def _foresee_work(text: Any, other: Any) -> None:
+    if isinstance(other, str | bytes) and len(text) * len(other) > _WORK_LIMIT:
+        raise Exceeded("looks for a long text in a long text from behind, or strips it of too many characters")
 
 
 def _foresee_replace(budget: Budget, text: Any, old: Any, new: Any) -> None:
@@ -454,6 +472,15 @@ def _foresee_width(budget: Budget, value: Any, width: Any = 80, *rest: Any, **mo
     budget.spend(max(0, width) if isinstance(width, int) else 0)
 
 
+def _foresee_trim(budget: Budget, value: Any, chars: Any = None) -> None:
+    _foresee_work(str(value), chars)
+
+
+def _foresee_slow(budget: Budget, value: Any, *rest: Any, **more: Any) -> None:
+    if isinstance(value, str | bytes) and len(value) > _SLOW_LIMIT:
+        raise Exceeded(f"puts a text of more than {_SLOW_LIMIT} characters through a slow filter")
+
+
 def _foresee_few(budget: Budget, value: Any, number: Any = 1, *rest: Any, **more: Any) -> None:
     if isinstance(number, int) and abs(number) > 100_000:
         raise Exceeded(f"cuts a list into {number}")
@@ -493,8 +520,12 @@ _FORESEEN: dict[str, Callable[..., list[Any] | None]] = {  # those that give a l
     "round": _foresee_round,
     "slice": _foresee_few,
     "sum": _foresee_sum,
+    "title": _foresee_slow,
     "tojson": _foresee_json,
+    "trim": _foresee_trim,
     "truncate": _foresee_width,
+    "urlencode": _foresee_slow,
+    "wordcount": _foresee_slow,
 }
 
 

@@ -56,10 +56,11 @@ async def show_conversation_template(request: Request) -> Response:
                 f"say which model: ?model=NAME; the bases are {', '.join(bases) or 'not ready'}", param="model"
             )
         name = bases[0]
-    template = state.catalog.model(name).bundle.template
-    source = template.source()
+    bundle = state.catalog.model(name).bundle
+    template, source = bundle.template, bundle.template.source()
+    version = source_version(template.kind, source)
     return JSONResponse(
-        wire.conversation_body(name, template.name, template.kind, source_version(template.kind, source), source)
+        wire.conversation_body(name, template.name, template.kind, version, source, bundle=bundle.digest)
     )
 
 

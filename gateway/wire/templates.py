@@ -149,9 +149,15 @@ def deleted_body(name: str) -> dict[str, Any]:
     return {"id": name, "object": "template", "deleted": True}
 
 
-def conversation_body(model: str, name: str, kind: str, version: str, source: Mapping[str, Any]) -> dict[str, Any]:
-    """The template in use for a model. One of fastchat's has `conv` too, as FastChat's own workers answer."""
-    shown: dict[str, Any] = {"model": model, "name": name, "kind": kind, "version": version, "source": dict(source)}
+def conversation_body(
+    model: str, name: str, kind: str, version: str, source: Mapping[str, Any], *, bundle: str
+) -> dict[str, Any]:
+    """The template in use for a model. One of fastchat's has `conv` too, as FastChat's own workers answer.
+
+    `bundle` is the digest of template, tokenizer and options: what /v1/templates shows as the version of a base.
+    """
+    shown: dict[str, Any] = {"model": model, "name": name, "kind": kind, "version": version, "bundle": bundle}
+    shown["source"] = dict(source)
     if kind != "fastchat":
         return shown
     style = int(SeparatorStyle[source["sep_style"]])
