@@ -84,6 +84,19 @@ _SINGLE_REFUSALS = {
     ("GigaChat3-10B-A1.8B", "learn a call"),  # its calls come after its own end of turn
     ("GigaChat3-10B-A1.8B", "learn after a call"),
 }
+# Also by name, and not by the probe that refuses them: a probe that went wrong would excuse itself.
+_NEITHER = {
+    "command-r (in its GGUF)",
+    "fireworks-ai-llama-3-firefunction-v2",
+    "google-gemma-2-2b-it",
+    "llama-cpp-rwkv-world",
+}
+_NEITHER |= {"microsoft-Phi-3.5-mini-instruct", "phi-3 (in its GGUF)", "qwen2 (in its GGUF)", "qwen35 (in its GGUF)"}
+_NO_TOOLS = _NEITHER | {"HuggingFaceTB-SmolLM3-3B", "deepseek-ai-DeepSeek-V3.1", "llama-cpp-deepseek-r1"}
+_NO_TOOLS |= {"deepseek-ai-DeepSeek-R1-Distill-Llama-8B", "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B"}
+_NO_ANSWERS = _NEITHER | {"Kimi-K2-Instruct", "Kimi-K2-Thinking", "LFM2-8B-A1B", "LFM2.5-Instruct"}
+_NO_ANSWERS |= {"ibm-granite-granite-3.3-2B-Instruct"}
+_NO_CALLS = _NO_ANSWERS | {"HuggingFaceTB-SmolLM3-3B"}
 
 
 @dataclass(frozen=True)
@@ -122,7 +135,7 @@ def ends_of(name: str) -> tuple[str, ...]:
 
 
 def expected_refusals() -> set[tuple[str, str]]:
-    """(subject, case) of what is known not to be possible: what the library or a probe of the template says so of."""
+    """(subject, case) of what is known not to be possible."""
     templates = {**{t.name: t for t in registered_templates().values() if t.kind == "fastchat"}}
     fastchat = {(name, "assistant first") for name in templates}
     fastchat |= {(name, case.name) for name in templates for case in CASES if case.tools}
@@ -134,12 +147,12 @@ def expected_refusals() -> set[tuple[str, str]]:
 
 
 def _cannot(template: JinjaTemplate, case: Case) -> bool:
-    """Whether a case is beyond a template by what a probe of it says."""
+    """Whether a case is known to be beyond a template."""
     calls = any(message.tool_calls for message in case.messages)
     answers = any(message.role == "tool" for message in case.messages)
-    if (case.tools and not template.offers_tools) or (case.learnt and _drops_thoughts(template, case)):
+    if (case.tools and template.name in _NO_TOOLS) or (case.learnt and _drops_thoughts(template, case)):
         return True
-    return (calls and template.call_form is None) or (answers and not template.takes_answers)
+    return (calls and template.name in _NO_CALLS) or (answers and template.name in _NO_ANSWERS)
 
 
 def _drops_thoughts(template: JinjaTemplate, case: Case) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway.chat.jinja import JinjaTemplate
 from gateway.chat.registry import registered_templates
 from gateway.chat.render import IGNORED, TrainingSequence
 from gateway.chat.tokenizer import Tokenizer
@@ -70,6 +71,15 @@ def test_a_mask_error_planted_on_purpose_is_told_and_fails_the_run(spoil, capsys
     learnt = [f for row in run("Qwen3.5-4B", quick=True) if row.oracle == "mask" for f in row.findings]
     assert learnt
     assert f" {len(learnt)} different" in last, "in every example"
+
+
+@pytest.mark.parametrize(("probe", "answer"), [("offers_tools", False), ("call_form", None), ("takes_answers", False)])
+def test_a_probe_that_goes_wrong_is_told_and_fails_the_run(
+    probe: str, answer: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(JinjaTemplate, probe, property(lambda template: answer))
+    assert main(["--quick", "--only", "Qwen3.5-4B"]) == 1
+    assert capsys.readouterr().out.strip().splitlines()[-1].endswith("FAILED")
 
 
 def test_a_sound_run_says_so_in_its_last_line(capsys: pytest.CaptureFixture[str]) -> None:
