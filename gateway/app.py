@@ -51,6 +51,7 @@ def create_app(settings: Settings, data_dir: DataDir) -> Starlette:
             app.state.settings = settings
             app.state.data_dir, app.state.store, app.state.blobs = house.data_dir, house.store, house.blobs
             app.state.catalog, app.state.inference = house.catalog, house.inference
+            app.state.starting = house.starting
             app.state.supervisor = house.supervisor
             app.state.templates, app.state.previews = house.templates, house.previews
             yield

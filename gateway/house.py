@@ -83,6 +83,10 @@ class House:
         await self.residents.stop()
         await asyncio.to_thread(self.store.close)
 
+    def starting(self) -> list[str]:
+        """The bases that are being prepared or whose engine is on its way."""
+        return [name for name, task in self._starting.items() if not task.done()]
+
     def engine(self, base: str) -> Engine:
         """The engine of a base that is spawned here. Raises EngineUnavailable while the base is being prepared."""
         engine = self.residents.engine(base)

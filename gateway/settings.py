@@ -166,6 +166,11 @@ def _complete(settings: Settings, config: Path | None) -> Settings:
                 f"[bases.{name}] has no `path`, and no model of that name was added to {data}; name its folder or .gguf "
                 f"file, or run `tunegate models add … --name {name}`"
             )
+        if path is None and (base.template, base.type) != (BaseSettings().template, BaseSettings().type):
+            raise SettingsError(
+                f"[bases.{name}] sets `template` or `type` for a model that was added, which has its own; `tunegate models "
+                f"remove {name}` and add it again with --template or --type"
+            )
         bases[name] = msgspec.structs.replace(base, path=path, options=_plain(base.options))
     templates = {name: _complete_template(name, found, folder) for name, found in settings.templates.items()}
     for alias, target in settings.aliases.items():

@@ -13,7 +13,7 @@ import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 from rich.console import Console
@@ -21,7 +21,9 @@ from rich.text import Text
 
 from gateway.bases import read_base
 from gateway.errors import RequestError, TunegateError
-from gateway.jobdir import Turns
+
+if TYPE_CHECKING:
+    from gateway.jobdir import Turns
 
 TIMEOUT_S = 120.0
 _STYLES = {(True, False): "bold green", (True, True): "bold magenta", (False, False): "dim", (False, True): "magenta"}

@@ -12,7 +12,8 @@ async def healthz(_: Request) -> Response:
 
 
 async def readyz(request: Request) -> Response:
-    bases = {base.name: base.engine.ready or base.engine.resting for base in request.app.state.catalog.bases}
+    bases = dict.fromkeys(request.app.state.starting(), False)  # also those that are not whole yet
+    bases |= {base.name: base.engine.ready or base.engine.resting for base in request.app.state.catalog.bases}
     ready = bool(bases) and all(bases.values())
     body = {"status": "ready" if ready else "starting", "engines": bases}
     return JSONResponse(body, status_code=200 if ready else 503, headers={} if ready else {"Retry-After": "1"})

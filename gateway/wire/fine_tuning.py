@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from gateway.errors import RequestError
-from gateway.jobdir import Turns
 from gateway.wire.fields import show
 from gateway.wire.template_options import template_options
 
 if TYPE_CHECKING:
+    from gateway.jobdir import Turns
     from gateway.store.checkpoints import Checkpoint
     from gateway.store.events import Event
     from gateway.store.jobs import Job

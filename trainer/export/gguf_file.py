@@ -66,8 +66,8 @@ class GgufFile:
         found = chat_templates(self.path)
         if not found:
             raise UnsupportedModel(
-                f"{self.path.name} brings no chat template (tokenizer.chat_template); name one of those that GET /v1/templates "
-                "lists"
+                f"{self.path.name} brings no chat template (tokenizer.chat_template); name one (`models add --template`, or "
+                "`template` in the settings), such as chatml, llama-3 or vicuna_v1.1"
             )
         return found
 

@@ -74,7 +74,7 @@ class HfFolder:
         if not found:
             raise UnsupportedModel(
                 f"{self.path} brings no chat template (chat_template.jinja, or 'chat_template' in tokenizer_config.json); "
-                "name one of those that GET /v1/templates lists as the base's template"
+                "name one (`models add --template`, or `template` in the settings), such as chatml, llama-3 or vicuna_v1.1"
             )
         return found if isinstance(found, dict) else str(found)
 
