@@ -47,6 +47,7 @@ REFUSED_METHODS = frozenset({"translate", "maketrans", "striptags", "unescape"})
 _ENCODINGS = frozenset({"utf-8", "utf8", "ascii", "latin-1", "strict", "ignore", "replace"})  # others take their time
 _WORK_LIMIT = 500_000_000  # characters times characters that one search or strip may compare: a twentieth of a second
 _SLOW_LIMIT = 500_000  # characters for the filters that go through a text piece by piece: a quarter of a second
+_GROUPED_LIMIT = 10_000  # items: they are sorted and gone through in one operation
 REFUSED_TAGS = "autoescape, include, import, extends"
 
 
@@ -486,6 +487,13 @@ def _foresee_few(budget: Budget, value: Any, number: Any = 1, *rest: Any, **more
         raise Exceeded(f"cuts a list into {number}")
 
 
+def _foresee_groups(budget: Budget, value: Any, *rest: Any, **more: Any) -> list[Any]:
+    items = list(value)
+    if len(items) > _GROUPED_LIMIT:
+        raise Exceeded(f"groups a list of more than {_GROUPED_LIMIT}")
+    return items
+
+
 def _foresee_round(budget: Budget, value: Any, precision: Any = 0, *rest: Any, **more: Any) -> None:
     if isinstance(precision, int) and abs(precision) > 300:
         raise Exceeded(f"rounds to {precision} digits")
@@ -514,6 +522,7 @@ _FORESEEN: dict[str, Callable[..., list[Any] | None]] = {  # those that give a l
     "batch": _foresee_few,
     "center": _foresee_width,
     "format": _foresee_filter_format,
+    "groupby": _foresee_groups,
     "indent": _foresee_indent,
     "join": _foresee_join,
     "replace": _foresee_filter_replace,
