@@ -10,16 +10,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from gateway.chat.conversation import Message, Role, ToolCall
+from gateway.chat.conversation import ROLES, Message, ToolCall
 
-_ROLES: dict[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "tool": "tool",
-    "function": "tool",
-}
 _NAME_LENGTH = 64
 
 
@@ -79,14 +71,14 @@ def _message(number: int, value: Any, before: list[Message]) -> Message:
     if not isinstance(value, dict):
         raise BadExample(f"{where} is {_kind(value)}; it must be an object with 'role' and 'content'")
     role = value.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise BadExample(f"{where} has the role {_shown(role)}; it must be one of system, user, assistant, tool")
     calls = _calls(where, role, value, before)
     content = _content(where, value.get("content"))
-    if not content and not calls and _ROLES[role] not in ("system", "tool"):
+    if not content and not calls and ROLES[role] not in ("system", "tool"):
         raise BadExample(f"{where}, from the {role}, has no content; write the text or leave the message out")
     return Message(
-        _ROLES[role],
+        ROLES[role],
         content,
         _weight(where, role, value.get("weight")),
         calls,
@@ -132,7 +124,7 @@ def _call(where: str, value: Any) -> ToolCall:
 
 def _answered(where: str, role: str, value: dict[str, Any], before: list[Message]) -> str | None:
     """The id of the call that a tool's message answers."""
-    if _ROLES[role] != "tool":
+    if ROLES[role] != "tool":
         return None
     ids = [call.id for message in before for call in message.tool_calls]
     call_id = value.get("tool_call_id") if role == "tool" else (ids[-1] if ids else None)

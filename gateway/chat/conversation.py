@@ -7,6 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
+# As requests and training files name them.
+ROLES: Mapping[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "function": "tool",
+}
 Tools = Sequence[
     Mapping[str, Any]
 ]  # as OpenAI sends them: {"type": "function", "function": {"name", "description", …}}

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from gateway.chat.budget import Exceeded
 from gateway.chat.conversation import Message, Options, RenderError, ToolCall, Tools
-from gateway.chat.sandbox import Exceeded, literal_text, render
+from gateway.chat.sandbox import literal_text, render
 
 # What the renderer reads itself; all other options are variables of the template.
 OWN_OPTIONS = frozenset({"date", "system"})

@@ -10,9 +10,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
-import re
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jinja2
@@ -24,35 +22,21 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
+from gateway.chat.budget import ITEM_WEIGHT, SIZE_LIMIT, Budget, Exceeded
 from gateway.chat.conversation import RenderError
+from gateway.chat.foresee import FORESEEN, foresee_call, foresee_operator
 from gateway.chat.tokenizer import MARK_END, MARK_START
 
 SOURCE_LIMIT = 128 * 1024  # characters of a template
 NODE_LIMIT = 60_000  # of its syntax tree: what compiling takes grows with it
-TIME_LIMIT_S = 0.5
-STEP_LIMIT = 2_000_000
-SIZE_LIMIT = 8 * 1024 * 1024  # characters of a text; a list or a mapping counts with all that it holds
-TOTAL_LIMIT = 128 * 1024 * 1024  # of all texts that one rendering makes
 QUICK_STEPS, QUICK_SIZE = 4_000, 256 * 1024  # what may be spent where nobody may be kept waiting: some 3 ms
-_DEPTH_LIMIT = 60
-_BITS_LIMIT = 4096
-_ITEM_WEIGHT = 16
 
 _BUDGET, _NOW = "tunegate budget", "tunegate now"  # with a space in it, no template can name it
 _TICK, _KEEP, _CONCAT = "tunegate tick", "tunegate keep", "tunegate concat"
 
 # Not in any chat template that is known: their cost cannot be foreseen, or they answer differently each time.
 REFUSED_FILTERS = frozenset({"pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr"})
-REFUSED_METHODS = frozenset({"translate", "maketrans", "striptags", "unescape"})
-_ENCODINGS = frozenset({"utf-8", "utf8", "ascii", "latin-1", "strict", "ignore", "replace"})  # others take their time
-_WORK_LIMIT = 500_000_000  # characters times characters that one search or strip may compare: a twentieth of a second
-_SLOW_LIMIT = 500_000  # characters for the filters that go through a text piece by piece: a quarter of a second
-_GROUPED_LIMIT = 10_000  # items: they are sorted and gone through in one operation
 REFUSED_TAGS = "autoescape, include, import, extends"
-
-
-class Exceeded(Exception):
-    """A bound was met. No ValueError, since Jinja's own filters catch those."""
 
 
 class TooLong(RenderError):
@@ -108,75 +92,6 @@ def literal_text(template: str) -> str:
     literals = {node.data for node in found.find_all(nodes.TemplateData)}
     literals |= {node.value for node in found.find_all(nodes.Const) if isinstance(node.value, str)}
     return "\0".join(sorted(literals))
-
-
-class Budget:
-    """What one rendering may still spend."""
-
-    __slots__ = ("_deadline", "_room", "_steps")
-
-    def __init__(self, steps: int = STEP_LIMIT, room: int = TOTAL_LIMIT) -> None:
-        self._steps, self._room = steps, room
-        self._deadline = time.monotonic() + TIME_LIMIT_S
-
-    def tick(self) -> None:
-        self._steps -= 1
-        if self._steps < 0 or time.monotonic() > self._deadline:
-            raise Exceeded(f"ran for more than {TIME_LIMIT_S} s or {STEP_LIMIT} steps")
-
-    def spend(self, size: int) -> None:
-        """Counts a text of `size` characters. To be called before it is made, where its size can be foreseen."""
-        if size > SIZE_LIMIT:
-            raise Exceeded(f"makes a text or list of more than {SIZE_LIMIT} characters")
-        self._room -= size
-        if self._room < 0:
-            raise Exceeded(f"makes more than {TOTAL_LIMIT} characters of text")
-
-    def keep(self, value: Any) -> Any:
-        """A new value, once it is known to be within bounds; what comes bit by bit is counted as it comes."""
-        if isinstance(value, str | bytes):
-            self.spend(len(value))
-        elif isinstance(value, int):
-            if value.bit_length() > _BITS_LIMIT:
-                raise Exceeded("computes with numbers beyond all bounds")
-        elif isinstance(value, list | tuple | dict | set | frozenset):
-            self.spend(_ITEM_WEIGHT * len(value))
-            _check_weight(value)
-        elif hasattr(value, "__next__"):
-            return self._watched(value)
-        return value
-
-    def _watched(self, values: Iterator[Any]) -> Iterator[Any]:
-        for value in values:
-            self.tick()
-            yield value
-
-
-def _check_weight(value: Any) -> None:
-    """Raises where all that a value holds, counted as often as it is in there, is too much: printing it would be too."""
-    total, level = 0, [value]
-    for _ in range(_DEPTH_LIMIT):
-        below: list[Any] = []
-        for held in level:
-            if isinstance(held, str | bytes):
-                total += len(held)
-            elif isinstance(held, dict):
-                total += 2 * _ITEM_WEIGHT * len(held)
-                below += held.keys()
-                below += held.values()
-            elif isinstance(held, _HOLDERS):
-                items: Any = held
-                total += _ITEM_WEIGHT * len(items)
-                below += items
-            if total > SIZE_LIMIT:
-                raise Exceeded(f"makes a list of more than {SIZE_LIMIT} characters")
-        if not below:
-            return
-        level = below
-    raise Exceeded(f"nests lists more than {_DEPTH_LIMIT} deep")
-
-
-_HOLDERS: tuple[type[Any], ...] = (list, tuple, set, frozenset, type({}.keys()), type({}.values()), type({}.items()))
 
 
 class _Routes(NodeTransformer):
@@ -251,7 +166,7 @@ def _keep(context: Context, value: Any, part: bool = False) -> Any:
     budget: Budget = context.parent[_BUDGET]
     budget.tick()
     if part and isinstance(value, list | tuple):  # of a list that was weighed when it was made
-        budget.spend(_ITEM_WEIGHT * len(value))
+        budget.spend(ITEM_WEIGHT * len(value))
         return value
     return budget.keep(value)
 
@@ -304,102 +219,15 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         budget: Budget = context.parent[_BUDGET]
         budget.tick()
-        _foresee_operator(budget, operator, left, right)
+        foresee_operator(budget, operator, left, right)
         return budget.keep(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         # Named as Jinja names them, so that a keyword of a macro may be called anything.
         budget: Budget = __context.parent[_BUDGET]
         budget.tick()
-        args = _foresee_call(budget, __obj, args, kwargs)
+        args = foresee_call(budget, __obj, args, kwargs)
         return budget.keep(super().call(__context, __obj, *args, **kwargs))
-
-
-def _foresee_operator(budget: Budget, operator: str, left: Any, right: Any) -> None:
-    sized = [value for value in (left, right) if isinstance(value, str | bytes | list | tuple)]
-    if operator == "*" and sized:
-        times = right if sized[0] is left else left
-        if isinstance(times, int):
-            budget.spend(_size(sized[0]) * max(0, times))
-    elif operator == "+" and len(sized) == 2:
-        budget.spend(_size(left) + _size(right))
-    elif operator == "%" and isinstance(left, str | bytes):
-        _foresee_format(budget, str(left), right if isinstance(right, tuple) else (right,))
-    elif (
-        operator == "**"
-        and isinstance(left, int)
-        and isinstance(right, int)
-        and left.bit_length() * right > _BITS_LIMIT
-    ):
-        raise Exceeded("computes with numbers beyond all bounds")
-
-
-def _size(value: Any) -> int:
-    return len(value) if isinstance(value, str | bytes) else _ITEM_WEIGHT * len(value)
-
-
-def _foresee_call(budget: Budget, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Counts what a call is going to make, where that can be more than what it is given."""
-    values = (*args, *kwargs.values())
-    for value in values:
-        if isinstance(value, int) and abs(value) > SIZE_LIMIT:
-            raise Exceeded(f"calls something with the number {value}")
-    method = getattr(function, "__wrapped__", function)  # Jinja's own wrapper of str.format
-    owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
-    if not isinstance(owner, str | bytes):
-        if name == "fromkeys" and len(args) > 1:
-            _check_weight([args[1]])
-        return args
-    if name in REFUSED_METHODS:
-        raise Exceeded(f"calls the method '{name}', which is not taken")
-    if name in ("format", "format_map"):
-        _foresee_format(budget, str(owner), values)
-    elif name == "replace" and len(args) > 1:
-        _foresee_replace(budget, owner, args[0], args[1])
-    elif name == "expandtabs":
-        size = values[0] if values and isinstance(values[0], int) else 8
-        tabs = owner.count("\t") if isinstance(owner, str) else owner.count(b"\t")
-        budget.spend(len(owner) + tabs * max(0, size))
-    elif name in ("encode", "decode") and not _ENCODINGS.issuperset(values):
-        raise Exceeded("encodes a text in a way that is not taken")
-    elif name in _QUADRATIC and values:
-        _foresee_work(owner, values[0])
-    elif name == "join" and args and isinstance(args[0], str):
-        budget.spend(len(args[0]) * (1 + len(owner)))
-    elif name == "join" and args:
-        items = [*args[0]] if hasattr(args[0], "__iter__") else args[0]
-        if isinstance(items, list):
-            budget.spend(sum(len(item) + len(owner) for item in items if isinstance(item, str | bytes)))
-        return (items, *args[1:])
-    return args
-
-
-# The interpreter searches backwards, and strips, in time that both lengths multiply to, and nothing else runs meanwhile.
-_QUADRATIC = frozenset({"lstrip", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "strip"})
-
-
-def _foresee_work(text: Any, other: Any) -> None:
-    if isinstance(other, str | bytes) and len(text) * len(other) > _WORK_LIMIT:
-        raise Exceeded("looks for a long text in a long text from behind, or strips it of too many characters")
-
-
-def _foresee_replace(budget: Budget, text: Any, old: Any, new: Any) -> None:
-    if all(isinstance(value, str) for value in (text, old, new)) or all(isinstance(v, bytes) for v in (text, old, new)):
-        budget.spend(len(text) + text.count(old) * max(0, len(new) - len(old)))
-
-
-_FORMAT_NUMBER = re.compile(r"\d+")
-
-
-def _foresee_format(budget: Budget, form: str, values: tuple[Any, ...]) -> None:
-    """Widths and precisions add up; a value may be put in as often as there are fields; nested widths are not taken."""
-    if "*" in form or re.search(r"\{[^{}]*\{[^{}]*\{?", form.replace("{{", "")):
-        raise Exceeded("formats a text with widths that are computed, which is not taken")
-    budget.spend(sum(int(number[:9]) for number in _FORMAT_NUMBER.findall(form)))
-    fields = form.count("%") + form.count("{")
-    _check_weight(list(values))
-    longest = max((len(str(value)) for value in values), default=0)
-    budget.spend(len(form) + fields * longest)
 
 
 def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -410,7 +238,7 @@ def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
         "environment": lambda c: (c.environment,),
     }
     first = passes.get(takes.name if takes is not None else "", lambda c: ())
-    foresee = _FORESEEN.get(name)
+    foresee = FORESEEN.get(name)
     is_part = name in _PARTS
 
     @pass_context
@@ -444,98 +272,6 @@ def _bounded_test(function: Callable[..., Any]) -> Callable[..., Any]:
 
 # What these give was there before.
 _PARTS = frozenset({"attr", "count", "d", "default", "first", "last", "length", "max", "min"})
-
-
-def _foresee_join(budget: Budget, value: Any, d: Any = "", attribute: Any = None) -> list[Any] | None:
-    if isinstance(value, str | dict) or not hasattr(value, "__iter__"):
-        budget.spend(len(str(value)) * (1 + len(str(d))))
-        return None
-    items = list(value)
-    texts = len(items) * len(str(d))
-    if attribute is None:
-        texts += sum(len(item) if isinstance(item, str) else len(str(item)) for item in items)
-    else:
-        _check_weight(items)
-    budget.spend(texts)
-    return items
-
-
-def _foresee_filter_replace(budget: Budget, s: Any, old: Any, new: Any, count: Any = None) -> None:
-    _foresee_replace(budget, str(s), str(old), str(new))
-
-
-def _foresee_indent(budget: Budget, s: Any, width: Any = 4, *rest: Any, **more: Any) -> None:
-    wide = width if isinstance(width, int) else len(str(width))
-    budget.spend(len(str(s)) + (str(s).count("\n") + 1) * max(0, wide))
-
-
-def _foresee_width(budget: Budget, value: Any, width: Any = 80, *rest: Any, **more: Any) -> None:
-    budget.spend(max(0, width) if isinstance(width, int) else 0)
-
-
-def _foresee_trim(budget: Budget, value: Any, chars: Any = None) -> None:
-    _foresee_work(str(value), chars)
-
-
-def _foresee_slow(budget: Budget, value: Any, *rest: Any, **more: Any) -> None:
-    if isinstance(value, str | bytes) and len(value) > _SLOW_LIMIT:
-        raise Exceeded(f"puts a text of more than {_SLOW_LIMIT} characters through a slow filter")
-
-
-def _foresee_few(budget: Budget, value: Any, number: Any = 1, *rest: Any, **more: Any) -> None:
-    if isinstance(number, int) and abs(number) > 100_000:
-        raise Exceeded(f"cuts a list into {number}")
-
-
-def _foresee_groups(budget: Budget, value: Any, *rest: Any, **more: Any) -> list[Any]:
-    items = list(value)
-    if len(items) > _GROUPED_LIMIT:
-        raise Exceeded(f"groups a list of more than {_GROUPED_LIMIT}")
-    return items
-
-
-def _foresee_round(budget: Budget, value: Any, precision: Any = 0, *rest: Any, **more: Any) -> None:
-    if isinstance(precision, int) and abs(precision) > 300:
-        raise Exceeded(f"rounds to {precision} digits")
-
-
-def _foresee_filter_format(budget: Budget, value: Any, *args: Any, **kwargs: Any) -> None:
-    _foresee_format(budget, str(value), (*args, *kwargs.values()))
-
-
-def _foresee_sum(budget: Budget, iterable: Any, attribute: Any = None, start: Any = 0) -> list[Any]:
-    items = list(iterable)
-    if len(items) > 1000 and not isinstance(start, int | float):
-        raise Exceeded("adds up a long list of lists")
-    return items
-
-
-def _foresee_json(budget: Budget, value: Any, *rest: Any, **options: Any) -> None:
-    for option in (*rest, *options.values()):
-        if (isinstance(option, int) and option > 16) or (isinstance(option, str) and len(option) > 16):
-            raise Exceeded("writes JSON with an indent of more than 16")
-        if isinstance(option, list | tuple) and any(len(str(text)) > 16 for text in option):
-            raise Exceeded("writes JSON with separators of more than 16 characters")
-
-
-_FORESEEN: dict[str, Callable[..., list[Any] | None]] = {  # those that give a list have run through the first argument
-    "batch": _foresee_few,
-    "center": _foresee_width,
-    "format": _foresee_filter_format,
-    "groupby": _foresee_groups,
-    "indent": _foresee_indent,
-    "join": _foresee_join,
-    "replace": _foresee_filter_replace,
-    "round": _foresee_round,
-    "slice": _foresee_few,
-    "sum": _foresee_sum,
-    "title": _foresee_slow,
-    "tojson": _foresee_json,
-    "trim": _foresee_trim,
-    "truncate": _foresee_width,
-    "urlencode": _foresee_slow,
-    "wordcount": _foresee_slow,
-}
 
 
 class _Dict:

@@ -5,18 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from gateway.chat.conversation import Message, Role, ToolCall
+from gateway.chat.conversation import ROLES, Message, ToolCall
 from gateway.errors import RequestError
 from gateway.wire.fields import Body, show
 
-_ROLES: dict[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "tool": "tool",
-    "function": "tool",
-}
 _MESSAGE_LIMIT, _CALL_LIMIT = 10_000, 128
 
 
@@ -46,7 +38,7 @@ def _message(raw: Any, where: str, older: _OlderCalls) -> Message:
     if not isinstance(raw, dict):
         raise RequestError(f"'{where}' must be an object with role and content, not {show(raw)}", param=where)
     written = raw.get("role")
-    role = _ROLES.get(written) if isinstance(written, str) else None
+    role = ROLES.get(written) if isinstance(written, str) else None
     if role is None:
         raise RequestError(
             f"'{where}.role' must be one of system, developer, user, assistant, tool, not {show(written)}",

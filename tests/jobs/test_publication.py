@@ -84,7 +84,7 @@ async def test_a_trainer_that_says_succeeded_but_left_no_adapter_fails_the_job(
     tmp_path: Path, base: PreparedBase, engine: Engine
 ) -> None:
     async with open_workshop(tmp_path, base, engine, Plan()) as shop:
-        await fail_with(shop, "adapter_not_servable")
+        assert "is not a folder" in await fail_with(shop, "adapter_not_servable")
 
 
 async def test_a_checkpoint_that_is_refused_costs_a_warning_and_not_the_job(
