@@ -26,6 +26,7 @@ from gateway.errors import EngineUnavailable, SettingsError, TunegateError
 from gateway.inference import Inference
 from gateway.jobs.preview import Previews
 from gateway.jobs.supervisor import Supervisor
+from gateway.keys import Keyring
 from gateway.models import added_names, is_added
 from gateway.settings import BaseSettings, Settings
 from gateway.store import models as model_statements
@@ -60,6 +61,8 @@ class House:
     async def __aenter__(self) -> Self:
         self.store = await asyncio.to_thread(Store.open, self.data_dir.database)
         await sweep_all(self.store, self.blobs)
+        self.keyring = Keyring(self.store, self.data_dir.keys_stamp)
+        await self.keyring.open()
         await self.templates.open(self.store)
         self.supervisor = Supervisor(self.store, self.blobs, self.data_dir, self.settings, self.catalog, self.engine)
         self.residents.start()
@@ -81,6 +84,7 @@ class House:
         self.templates.close()
         self.catalog.close()
         await self.residents.stop()
+        await self.keyring.close()
         await asyncio.to_thread(self.store.close)
 
     def starting(self) -> list[str]:

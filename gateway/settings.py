@@ -90,9 +90,11 @@ class Settings(Section, frozen=True):
 
     host: str = "127.0.0.1"
     port: int = 8000
+    hosts: list[str] = []  # further names that the server is reached under
     data: str = ""
     organization: str = "local"
     log_level: str = "info"
+    log_format: Literal["text", "json"] = "text"
     bases: dict[str, BaseSettings] = {}
     aliases: dict[str, str] = {}
     templates: dict[str, TemplateSettings] = {}
@@ -135,7 +137,7 @@ def _add_environment(raw: dict[str, Any], environ: Mapping[str, str]) -> None:
     for section, struct in sections.items():
         for field in msgspec.structs.fields(struct):
             name = f"TUNEGATE_{section + '_' if section else ''}{field.name}".upper()
-            if name in environ and field.name not in {"bases", "aliases", "templates", *tables}:
+            if name in environ and field.name not in {"hosts", "bases", "aliases", "templates", *tables}:
                 target = raw.setdefault(section, {}) if section else raw
                 target[field.name] = _scalar(environ[name], str(field.type), name)
 
@@ -180,11 +182,6 @@ def _complete(settings: Settings, config: Path | None) -> Settings:
             )
         if alias in bases:
             raise SettingsError(f"alias '{alias}' is already the name of a base")
-    if not _is_loopback(settings.host):
-        raise SettingsError(
-            f"host {settings.host!r} is not a loopback address, and without keys anybody on the network could use it; "
-            "keep 127.0.0.1 and reach it through `ssh -L 8000:127.0.0.1:8000 THIS_MACHINE`"
-        )
     return msgspec.structs.replace(settings, bases=bases, data=data, templates=templates)
 
 
@@ -219,7 +216,8 @@ def _plain(options: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether an address to listen on is reached from this machine alone."""
     if host == "localhost":
         return True
     try:

@@ -24,6 +24,10 @@ ARROWS: dict[str, set[str]] = {
     "gateway.jobdir": LEAVES,
     "gateway.chat": LEAVES,
     "gateway.settings": {"gateway.errors"},
+    "gateway.logs": LEAVES,
+    "gateway.limits": {"gateway.access", "gateway.errors"},
+    "gateway.keys": {"gateway.access", "gateway.errors", "gateway.limits", "gateway.store"},
+    "gateway.front": {"gateway.access", "gateway.errors", "gateway.keys", "gateway.logs", "gateway.routes"},
     "gateway.llama_worker": {"gateway", "gateway.errors"},
     "gateway.bases": {"gateway", "gateway.errors", "gateway.jobdir"},
     "gateway.wire": {"gateway.chat", "gateway.errors"},
@@ -74,6 +78,7 @@ ARROWS: dict[str, set[str]] = {
 }
 # Where every object is built and handed in: these may import any room of the gateway.
 BUILDERS = {"gateway", "gateway.app", "gateway.house", "gateway.__main__", "gateway.models_command"}
+BUILDERS |= {"gateway.keys_command"}
 
 # What no process that serves requests may carry.
 HEAVY = {"torch", "vllm", "llama_cpp", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate"}
