@@ -16,6 +16,7 @@ from gateway.jobdir import Turns
 from gateway.keys_command import cli as keys_cli
 from gateway.models_command import cli as models_cli
 from gateway.settings import is_loopback, load_settings
+from gateway.usage_command import usage
 
 SWITCH_INTERVAL_S = 0.0005  # how long a thread that renders a long conversation may keep the event loop waiting
 
@@ -23,6 +24,7 @@ cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 cli.add_typer(models_cli, name="models")
 cli.add_typer(keys_cli, name="keys")
+cli.command()(usage)
 
 
 @cli.callback()

@@ -20,7 +20,19 @@ from gateway.errors import MethodNotAllowed, NotFound, RequestError, TunegateErr
 from gateway.front import Front
 from gateway.house import House
 from gateway.logs import RequestLog
-from gateway.routes import chat, completions, embeddings, files, fine_tuning, health, models, preview, templates
+from gateway.routes import (
+    chat,
+    completions,
+    embeddings,
+    files,
+    fine_tuning,
+    health,
+    models,
+    preview,
+    templates,
+    uploads,
+    usage,
+)
 from gateway.routes.body import ClientLeft
 from gateway.routes.reply import error_response
 from gateway.settings import Settings, is_loopback
@@ -37,6 +49,9 @@ ROUTES = [
     *fine_tuning.routes,
     *preview.routes,
     *templates.routes,
+    *uploads.routes,
+    *batches.routes,
+    *usage.routes,
     *health.routes,
 ]
 
@@ -51,7 +66,8 @@ def create_app(settings: Settings, data_dir: DataDir) -> Starlette:
             app.state.data_dir, app.state.store, app.state.blobs = house.data_dir, house.store, house.blobs
             app.state.catalog, app.state.inference = house.catalog, house.inference
             app.state.starting = house.starting
-            app.state.keyring = house.keyring
+            app.state.keyring, app.state.batches = house.keyring, house.batches
+            house.batches.start(app)
             app.state.supervisor = house.supervisor
             app.state.templates, app.state.previews = house.templates, house.previews
             yield

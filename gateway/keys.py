@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 
@@ -29,6 +29,7 @@ from gateway.store import schema, sqlite
 from gateway.store.database import Store
 from gateway.store.datadir import DataDir
 from gateway.store.keys import KeyRow
+from gateway.store.metering import GROUPS, Kind, sum_counts
 
 T = TypeVar("T")
 
@@ -164,6 +165,19 @@ def list_keys(data: Path) -> list[KeyRow]:
         return []
     with _database(data) as connection:
         return statements.select_keys(connection)
+
+
+def read_usage(data: Path, since: int) -> list[dict[str, Any]]:
+    """Sums by key, project, model and kind since a unix second. Blocks; raises SettingsError."""
+    if not (data / "tunegate.db").is_file():
+        return []
+    end, rows = int(time.time()) + 1, []
+    with _database(data) as connection:
+        kinds: tuple[Kind, ...] = ("completions", "embeddings")
+        for kind in kinds:
+            found = sum_counts(connection, kind, since, end, width_s=end - since, group_by=GROUPS)
+            rows += [{**row, "kind": kind} for row in found]
+    return rows
 
 
 def _change(data: Path, fn: Callable[[Connection], T]) -> T:

@@ -7,13 +7,14 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import orjson
+from sqlalchemy import Connection
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from gateway.errors import NotFound, RequestError, StoreUnavailable
-from gateway.routes import project_of
+from gateway.errors import NotFound, RequestError, TunegateError
+from gateway.routes import caller_of, project_of
 from gateway.routes.multipart import Field, FileBegins, FileBytes, read_form
 from gateway.store import files as statements
 from gateway.store.blobs import BlobReader
@@ -27,22 +28,31 @@ MAX_PAGE = 10_000
 
 async def create_file(request: Request) -> Response:
     store, blobs = request.app.state.store, request.app.state.blobs
+    caller = caller_of(request.scope)
+    limit_bytes = caller.limits.storage_bytes
     await sweep_expired(store, blobs)
     form = _UploadForm(request)
+    if limit_bytes is not None:  # before a byte is read
+        now = int(time.time())
+        await store.read(lambda connection: statements.require_room(connection, caller.project_id, 1, limit_bytes, now))
     blob = await blobs.put(form.read())
-    try:
-        file = await store.write(
-            lambda connection: statements.insert_file(
-                connection,
-                blob,
-                filename=form.filename,
-                purpose=form.upload.purpose,
-                created_at=int(time.time()),
-                expires_after_s=form.upload.expires_after_s,
-                project_id=project_of(request),
-            )
+
+    def insert(connection: Connection) -> File:
+        now = int(time.time())
+        statements.require_room(connection, caller.project_id, blob.size_bytes, limit_bytes, now)
+        return statements.insert_file(
+            connection,
+            blob,
+            filename=form.filename,
+            purpose=form.upload.purpose,
+            created_at=now,
+            expires_after_s=form.upload.expires_after_s,
+            project_id=caller.project_id,
         )
-    except StoreUnavailable:
+
+    try:
+        file = await store.write(insert)
+    except TunegateError:
         blobs.release(blob)
         await remove_unreferenced(store, blobs, [blob.digest])
         raise
