@@ -187,7 +187,9 @@ class House:
     async def publish(self, row: ModelRow) -> None:
         """Serves a tuned model that the database has; its engine has it, or will when it is ready."""
         bundle = await self._bundle(Path(row.adapter_path) / "template")
-        self.catalog.publish(TunedModel(row.name, row.base, bundle, row.engine_name, row.created_at, row.owned_by))
+        projects = frozenset({row.project_id})
+        tuned = TunedModel(row.name, row.base, bundle, row.engine_name, row.created_at, row.owned_by, projects)
+        self.catalog.publish(tuned)
 
     async def _bundle(self, folder: Path) -> Bundle:
         """The bundle in a folder; adapters trained through the same one share it."""

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gateway.access import Caller
 from gateway.chat.bundle import Bundle
 from gateway.chat.calls import CallDelta
 from gateway.chat.conversation import Message, Options, RenderError
@@ -63,6 +64,7 @@ class Inference:
         messages: Sequence[Message],
         sampling: Sampling,
         *,
+        caller: Caller,
         stream: bool,
         tool_use: ToolUse = NO_TOOLS,
         options: Options | None = None,
@@ -72,7 +74,7 @@ class Inference:
 
         `arguments` is what those of the one forced call are held to, where the template writes them as JSON.
         """
-        served = self._catalog.resolve(model)
+        served = self._catalog.resolve(model, caller.project_id)
         bundle = served.bundle
         if tool_use.tools and bundle.speech.tool_calls is None:
             raise RequestError(
@@ -99,17 +101,31 @@ class Inference:
         ids = [*prompt.ids, *begun] if begun else prompt.ids
         structured = arguments if tool_use.forced and opens_json(bundle.speech) else sampling.structured
         return await self._generate(
-            served, ids, sampling, reader, stream=stream or by_text, param="messages", structured=structured
+            served,
+            ids,
+            sampling,
+            reader,
+            caller=caller,
+            stream=stream or by_text,
+            param="messages",
+            structured=structured,
         )
 
     async def complete(
-        self, model: str, prompt: str | list[int], sampling: Sampling, *, stream: bool, score_prompt: bool = False
+        self,
+        model: str,
+        prompt: str | list[int],
+        sampling: Sampling,
+        *,
+        caller: Caller,
+        stream: bool,
+        score_prompt: bool = False,
     ) -> Generation:
         """A continuation of a text or of token ids. Raises as `chat` does.
 
         With `score_prompt` the prompt's log-probabilities come along, in one piece with the reply (`prompt_logprobs`).
         """
-        served = self._catalog.resolve(model)
+        served = self._catalog.resolve(model, caller.project_id)
         tokenizer = served.bundle.tokenizer
         if isinstance(prompt, str):
             encode = tokenizer.encode
@@ -135,15 +151,16 @@ class Inference:
             ids,
             sampling,
             reader,
+            caller=caller,
             stream=stream,
             param="prompt",
             structured=sampling.structured,
             scored=scored if score_prompt else 0,
         )
 
-    async def embed(self, model: str, inputs: Sequence[str | list[int]]) -> Embeddings:
+    async def embed(self, model: str, inputs: Sequence[str | list[int]], *, caller: Caller) -> Embeddings:
         """The vectors of texts or token ids. Raises as `chat` does; RequestError where the model makes none."""
-        served = self._catalog.resolve(model)
+        served = self._catalog.resolve(model, caller.project_id)
         told = self._catalog.base(served.base).engine.version
         if told.get("kind") == "llama" and not told.get("embedding_width"):
             raise RequestError(f"the model '{model}' makes no embeddings: its file names no pooling", param="model")
@@ -155,9 +172,11 @@ class Inference:
         finally:
             self.in_flight -= 1
 
-    def prompt_text(self, model: str, prompt: str | list[int]) -> str:
+    def prompt_text(self, model: str, prompt: str | list[int], *, caller: Caller) -> str:
         """A plain prompt as text, for `echo`."""
-        return prompt if isinstance(prompt, str) else self._catalog.resolve(model).bundle.tokenizer.decode(prompt)
+        if isinstance(prompt, str):
+            return prompt
+        return self._catalog.resolve(model, caller.project_id).bundle.tokenizer.decode(prompt)
 
     async def _generate(
         self,
@@ -166,6 +185,7 @@ class Inference:
         sampling: Sampling,
         reader: Callable[[], ReplyReader],
         *,
+        caller: Caller,
         stream: bool,
         param: str,
         structured: Structured | None,
@@ -173,7 +193,7 @@ class Inference:
     ) -> Generation:
         if self.in_flight >= self._limit:
             raise RateLimited(f"{self._limit} requests are being answered; try again shortly", retry_after_s=1)
-        body = engine_body(served, ids, sampling, stream=stream, param=param)
+        body = engine_body(served, ids, sampling, stream=stream, param=param, cache_salt=caller.cache_salt)
         if structured is not None:
             told = self._catalog.base(served.base).engine.version
             body["structured_outputs"] = structured_field(structured, served.base, told)

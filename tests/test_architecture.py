@@ -19,6 +19,7 @@ OURS = {"gateway", "trainer", "clients", "deploy", "tests"}
 # A room, and the rooms that it may import besides itself. `gateway` alone stands for the package's __init__ (its version).
 LEAVES: set[str] = set()
 ARROWS: dict[str, set[str]] = {
+    "gateway.access": LEAVES,
     "gateway.errors": LEAVES,
     "gateway.jobdir": LEAVES,
     "gateway.chat": LEAVES,
@@ -26,11 +27,19 @@ ARROWS: dict[str, set[str]] = {
     "gateway.llama_worker": {"gateway", "gateway.errors"},
     "gateway.bases": {"gateway", "gateway.errors", "gateway.jobdir"},
     "gateway.wire": {"gateway.chat", "gateway.errors"},
-    "gateway.store": {"gateway.errors", "gateway.jobdir"},
-    "gateway.engines": {"gateway", "gateway.bases", "gateway.chat", "gateway.errors", "gateway.jobdir"},
+    "gateway.store": {"gateway.access", "gateway.errors", "gateway.jobdir"},
+    "gateway.engines": {
+        "gateway",
+        "gateway.access",
+        "gateway.bases",
+        "gateway.chat",
+        "gateway.errors",
+        "gateway.jobdir",
+    },
     "gateway.embedding": {"gateway.engines", "gateway.errors"},
     "gateway.engine_request": {"gateway.engines", "gateway.errors"},
     "gateway.inference": {
+        "gateway.access",
         "gateway.chat",
         "gateway.embedding",
         "gateway.engine_request",
@@ -39,6 +48,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "gateway.jobs": {
         "gateway",
+        "gateway.access",
         "gateway.bases",
         "gateway.engines",
         "gateway.errors",
@@ -50,7 +60,14 @@ ARROWS: dict[str, set[str]] = {
     | {"gateway.wire"},
     "gateway.models": {"gateway", "gateway.bases", "gateway.errors", "gateway.jobdir", "gateway.store"},
     "gateway.terminal": {"gateway.bases", "gateway.errors"},
-    "gateway.routes": {"gateway.errors", "gateway.inference", "gateway.jobs", "gateway.settings", "gateway.store"}
+    "gateway.routes": {
+        "gateway.access",
+        "gateway.errors",
+        "gateway.inference",
+        "gateway.jobs",
+        "gateway.settings",
+        "gateway.store",
+    }
     | {"gateway.templates", "gateway.wire"},
     "trainer": {"gateway.chat", "gateway.jobdir"},
     "clients": LEAVES,

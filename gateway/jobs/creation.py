@@ -60,7 +60,7 @@ class Creation:
             )
             if earlier is not None:
                 return _same(earlier, request)
-        base = _tunable(self.catalog.base_for_tuning(request.model))
+        base = _tunable(self.catalog.base_for_tuning(request.model, project_id))
         inputs = await self.store.read(lambda connection: _find_inputs(connection, request, project_id))
         job = _new_job(request, base, idempotency_key, project_id)
         await asyncio.to_thread(self._build, job, base, inputs)

@@ -10,6 +10,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from gateway.inference import CallDelta, Delta, Generation, Inference, TokenLogprob
+from gateway.routes import caller_of
 from gateway.routes.body import parse_json, read_body
 from gateway.routes.reply import DONE, Departure, new_id, send_events, send_json
 from gateway.wire import chat as wire
@@ -26,6 +27,7 @@ class ChatCompletions:
             request.model,
             request.messages,
             request.sampling,
+            caller=caller_of(scope),
             stream=request.stream,
             tool_use=request.tools.use,
             options=request.options or None,

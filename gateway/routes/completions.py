@@ -12,8 +12,10 @@ from dataclasses import replace
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from gateway.access import Caller
 from gateway.errors import RequestError
 from gateway.inference import Delta, Generation, Inference, TokenLogprob
+from gateway.routes import caller_of
 from gateway.routes.body import parse_json, read_body
 from gateway.routes.reply import DONE, Departure, new_id, send_events, send_json
 from gateway.wire import completions as wire
@@ -27,6 +29,7 @@ class Completions:
         state = scope["app"].state
         inference: Inference = state.inference
         request = wire.parse(parse_json(await read_body(receive, state.settings.limits.body_bytes)))
+        caller = caller_of(scope)
         generations: list[Generation] = []
 
         def cancel() -> None:
@@ -35,8 +38,11 @@ class Completions:
 
         try:
             for prompt in request.prompts:
-                generations.append(await _ask(inference, request, prompt))
-            echoes = [inference.prompt_text(request.model, p) if request.echo else "" for p in request.prompts]
+                generations.append(await _ask(inference, request, prompt, caller))
+            echoes = [
+                inference.prompt_text(request.model, prompt, caller=caller) if request.echo else ""
+                for prompt in request.prompts
+            ]
             departure = Departure(receive, cancel)
             try:
                 if request.stream:
@@ -56,11 +62,15 @@ class Completions:
             cancel()
 
 
-async def _ask(inference: Inference, request: wire.CompletionRequest, prompt: str | list[int]) -> Generation:
+async def _ask(
+    inference: Inference, request: wire.CompletionRequest, prompt: str | list[int], caller: Caller
+) -> Generation:
     sampling, scored = request.sampling, request.echo and request.sampling.logprobs is not None
     if request.best_of > sampling.n:
         sampling = replace(sampling, n=request.best_of, logprobs=sampling.logprobs or 0)  # the best is told by them
-    return await inference.complete(request.model, prompt, sampling, stream=request.stream, score_prompt=scored)
+    return await inference.complete(
+        request.model, prompt, sampling, caller=caller, stream=request.stream, score_prompt=scored
+    )
 
 
 async def _events(

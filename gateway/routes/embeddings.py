@@ -9,6 +9,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from gateway.inference import Inference
+from gateway.routes import caller_of
 from gateway.routes.body import read_json
 from gateway.wire import embeddings as wire
 
@@ -18,7 +19,7 @@ async def create_embeddings(request: Request) -> Response:
     state = request.app.state
     inference: Inference = state.inference
     asked = wire.parse(await read_json(request, state.settings.limits.body_bytes))
-    made = await inference.embed(asked.model, asked.inputs)
+    made = await inference.embed(asked.model, asked.inputs, caller=caller_of(request.scope))
     body = await asyncio.to_thread(wire.embeddings, asked, made.vectors, made.prompt_tokens)
     return Response(body, media_type="application/json")
 

@@ -13,25 +13,25 @@ from gateway.wire.models import deleted_body, model_body
 
 
 async def list_models(request: Request) -> Response:
-    served = request.app.state.catalog.models()
+    served = request.app.state.catalog.models(project_of(request))
     data = [model_body(model.name, model.created_at, model.owned_by) for model in served]
     return JSONResponse({"object": "list", "data": data})
 
 
 async def retrieve_model(request: Request) -> Response:
-    served = request.app.state.catalog.model(request.path_params["model"])
+    served = request.app.state.catalog.model(request.path_params["model"], project_of(request))
     return JSONResponse(model_body(served.name, served.created_at, served.owned_by))
 
 
 async def delete_model(request: Request) -> Response:
     """Gone at once for new requests; replies that run are finished."""
     state, name = request.app.state, request.path_params["model"]
-    served = state.catalog.model(name)
+    project = project_of(request)
+    served = state.catalog.model(name, project)
     if not state.catalog.is_tuned(name):
         raise Forbidden(
             f"'{name}' is not a tuned model; bases and aliases are removed in the settings file", param="model"
         )
-    project = project_of(request)
     if not await state.store.write(lambda connection: statements.delete(connection, project, name)):
         raise ModelNotFound(name)
     state.catalog.withdraw(name)

@@ -20,7 +20,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-DEFAULT_PROJECT = "default"
+from gateway.access import DEFAULT_PROJECT as DEFAULT_PROJECT
 
 metadata = MetaData(
     naming_convention={
@@ -162,5 +162,20 @@ templates = Table(
     Column("source", Json, nullable=False),  # all that is needed to make the template again
     UniqueConstraint("project_id", "name"),
     Index("ix_templates_listed", "project_id", "created_at", "seq"),
+    sqlite_autoincrement=True,
+)
+
+keys = Table(
+    "keys",
+    metadata,
+    _seq(),
+    Column("id", Text, nullable=False, unique=True),  # "key_…"
+    _project(),
+    Column("created_at", BigInteger, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("digest", Text, nullable=False, unique=True),  # hexadecimal sha256 of the key
+    Column("scopes", Json, nullable=False),
+    Column("limits", Json, nullable=False),  # the fields of access.Limits that are set
+    Column("revoked_at", BigInteger),
     sqlite_autoincrement=True,
 )
