@@ -22,7 +22,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.errors import BodyTooLarge, Forbidden, MethodNotAllowed, Misdirected, NotFound, RequestError, TunegateError
 from gateway.house import House
-from gateway.routes import chat, completions, embeddings, files, fine_tuning, health, models, preview, templates
+from gateway.routes import (
+    chat,
+    completions,
+    embeddings,
+    files,
+    fine_tuning,
+    health,
+    models,
+    preview,
+    responses,
+    stored_completions,
+    templates,
+)
 from gateway.routes.body import ClientLeft
 from gateway.settings import Settings
 from gateway.store.datadir import DataDir
@@ -31,6 +43,8 @@ logger = logging.getLogger("tunegate")
 
 ROUTES = [
     *chat.routes,
+    *stored_completions.routes,
+    *responses.routes,
     *completions.routes,
     *embeddings.routes,
     *models.routes,
@@ -53,6 +67,7 @@ def create_app(settings: Settings, data_dir: DataDir) -> Starlette:
             app.state.catalog, app.state.inference = house.catalog, house.inference
             app.state.starting = house.starting
             app.state.supervisor = house.supervisor
+            app.state.responses = house.responses
             app.state.templates, app.state.previews = house.templates, house.previews
             yield
 

@@ -27,6 +27,7 @@ from gateway.inference import Inference
 from gateway.jobs.preview import Previews
 from gateway.jobs.supervisor import Supervisor
 from gateway.models import added_names, is_added
+from gateway.responses import Responses
 from gateway.settings import BaseSettings, Settings
 from gateway.store import models as model_statements
 from gateway.store.blobs import Blobs
@@ -63,11 +64,13 @@ class House:
         await self.templates.open(self.store)
         self.supervisor = Supervisor(self.store, self.blobs, self.data_dir, self.settings, self.catalog, self.engine)
         self.residents.start()
+        self.responses = Responses(self.store, self.inference)
         for name, base in self.settings.bases.items():
             if base.path is not None:
                 self._begin(name, base)
         self._watching = asyncio.create_task(self._watch_added(), name="added models")
         await self.supervisor.start()
+        await self.responses.start()
         return self
 
     async def __aexit__(
@@ -77,6 +80,7 @@ class House:
         for task in starting:
             task.cancel()
         await asyncio.gather(*starting, return_exceptions=True)
+        await self.responses.stop()
         await self.supervisor.stop()
         self.templates.close()
         self.catalog.close()

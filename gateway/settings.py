@@ -92,6 +92,8 @@ class Settings(Section, frozen=True):
     port: int = 8000
     data: str = ""
     organization: str = "local"
+    default_model: str | None = None  # for requests that name none
+    ignored_fields: list[str] = []  # "chat.FIELD", "completions.FIELD", "responses.FIELD": dropped unread
     log_level: str = "info"
     bases: dict[str, BaseSettings] = {}
     aliases: dict[str, str] = {}
@@ -135,7 +137,7 @@ def _add_environment(raw: dict[str, Any], environ: Mapping[str, str]) -> None:
     for section, struct in sections.items():
         for field in msgspec.structs.fields(struct):
             name = f"TUNEGATE_{section + '_' if section else ''}{field.name}".upper()
-            if name in environ and field.name not in {"bases", "aliases", "templates", *tables}:
+            if name in environ and field.name not in {"bases", "aliases", "templates", "ignored_fields", *tables}:
                 target = raw.setdefault(section, {}) if section else raw
                 target[field.name] = _scalar(environ[name], str(field.type), name)
 
@@ -180,6 +182,11 @@ def _complete(settings: Settings, config: Path | None) -> Settings:
             )
         if alias in bases:
             raise SettingsError(f"alias '{alias}' is already the name of a base")
+    for name in settings.ignored_fields:
+        if name.partition(".")[0] not in ("chat", "completions", "responses") or not name.partition(".")[2]:
+            raise SettingsError(
+                f"ignored_fields names {name!r}; each is chat.FIELD, completions.FIELD or responses.FIELD"
+            )
     if not _is_loopback(settings.host):
         raise SettingsError(
             f"host {settings.host!r} is not a loopback address, and without keys anybody on the network could use it; "

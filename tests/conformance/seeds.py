@@ -1,4 +1,4 @@
-"""The rows that openai-python's tests ask for by id. Put back before each of them: they delete and cancel the same ids over again.
+"""The rows that openai-python's tests ask for by id. Put back before each: they cancel and delete.
 
 Imported by this package and, flat, by `sdk_plugin` inside the SDK's own pytest, where `tests` is the SDK's package.
 """
@@ -13,6 +13,13 @@ from sqlalchemy import Connection, create_engine, delete, event, insert, select
 from gateway.store import tables
 
 CREATED_AT = 1_760_000_000
+_INPUT = {
+    "id": "msg_0",
+    "type": "message",
+    "role": "user",
+    "status": "completed",
+    "content": [{"type": "input_text", "text": "Hello?"}],
+}
 _RESPONSE = {
     "object": "response",
     "created_at": CREATED_AT,
@@ -64,7 +71,45 @@ def _rows(connection: Connection, file_id: str) -> dict[str, list[dict[str, obje
     found = connection.execute(select(files).where(files.c.id == file_id)).mappings().one()
     uploaded = {name: value for name, value in found.items() if name != "seq"}
     named = ("file-abc123", "file_id", "input_file_id")
+    said = [
+        {"role": "assistant", "content": "Hello."}
+    ]  # the SDK's strict mode knows stored messages of this role alone
+    completion = {
+        "id": "completion_id",
+        "object": "chat.completion",
+        "created": CREATED_AT,
+        "model": "gpt-6-astra",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "Hello.", "refusal": None},
+                "logprobs": None,
+                "finish_reason": "stop",
+            }
+        ],
+    }
     return {
+        "completions": [
+            {
+                "id": "completion_id",
+                "created_at": CREATED_AT,
+                "model": "gpt-6-astra",
+                "messages": said,
+                "body": completion,
+            }
+        ],
+        "responses": [
+            {
+                "id": name,
+                "created_at": CREATED_AT,
+                "status": "completed",
+                "background": True,
+                "request": {},
+                "items": [_INPUT],
+                "body": {**_RESPONSE, "id": name},
+            }
+            for name in ("resp_677efb5139a88190b512bc3fef8e535d", "previous_response_id", "resp_123", "response_id")
+        ],
         "files": [{**uploaded, "id": name} for name in named],
         "jobs": [
             {

@@ -42,7 +42,7 @@ HELLO: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": 
         ("stop", ["x" * 1_000_000], "stop"),
         ("stop", 3, "stop"),
         ("stream", "yes", "stream"),
-        ("stream_options", {"include_usage": True}, "stream_options"),
+        ("stream_options", {"include_usage": 1}, "include_usage"),
         ("top_logprobs", 5, "top_logprobs"),
         ("logprobs", 1, "logprobs"),
         ("logit_bias", {"x": 1}, "logit_bias"),
