@@ -21,6 +21,7 @@ from gateway.front import Front
 from gateway.house import House
 from gateway.logs import RequestLog
 from gateway.routes import (
+    batches,
     chat,
     completions,
     embeddings,
@@ -29,6 +30,8 @@ from gateway.routes import (
     health,
     models,
     preview,
+    responses,
+    stored_completions,
     templates,
     uploads,
     usage,
@@ -42,6 +45,8 @@ logger = logging.getLogger("tunegate")
 
 ROUTES = [
     *chat.routes,
+    *stored_completions.routes,
+    *responses.routes,
     *completions.routes,
     *embeddings.routes,
     *models.routes,
@@ -69,6 +74,7 @@ def create_app(settings: Settings, data_dir: DataDir) -> Starlette:
             app.state.keyring, app.state.batches = house.keyring, house.batches
             house.batches.start(app)
             app.state.supervisor = house.supervisor
+            app.state.responses = house.responses
             app.state.templates, app.state.previews = house.templates, house.previews
             yield
         log.flush()

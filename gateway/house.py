@@ -30,6 +30,7 @@ from gateway.jobs.supervisor import Supervisor
 from gateway.keys import Keyring
 from gateway.metering import Meter
 from gateway.models import added_names, is_added
+from gateway.responses import Responses
 from gateway.settings import BaseSettings, Settings
 from gateway.store import models as model_statements
 from gateway.store.blobs import Blobs
@@ -70,19 +71,22 @@ class House:
             self.store,
             self.blobs,
             self.keyring.caller_with,
-            lambda: self.inference.in_flight,
+            lambda: self.inference.live,
+            lambda: not self.starting(),
             lines_at_once=self.settings.limits.batch_lines,
             max_line_bytes=self.settings.limits.body_bytes,
         )
         await self.templates.open(self.store)
         self.supervisor = Supervisor(self.store, self.blobs, self.data_dir, self.settings, self.catalog, self.engine)
         self.residents.start()
+        self.responses = Responses(self.store, self.inference)
         for name, base in self.settings.bases.items():
             if base.path is not None:
                 self._begin(name, base)
         self._watching = asyncio.create_task(self._watch_added(), name="added models")
         self._metering = asyncio.create_task(self.meter.run(self.store), name="usage")
         await self.supervisor.start()
+        await self.responses.start()
         return self
 
     async def __aexit__(
@@ -93,6 +97,7 @@ class House:
             task.cancel()
         await asyncio.gather(*starting, return_exceptions=True)
         await self.batches.stop()
+        await self.responses.stop()
         await self.supervisor.stop()
         self.templates.close()
         self.catalog.close()

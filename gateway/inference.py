@@ -72,6 +72,7 @@ class Inference:
         self._limit = requests_in_flight
         self._meter = meter
         self.in_flight = 0
+        self.live = 0  # of these, those that somebody waits for: no lines of batches
 
     async def chat(
         self,
@@ -97,14 +98,7 @@ class Inference:
                 "be read back; leave 'tools' out or ask a model whose template has one",
                 param="tools",
             )
-        tools = tool_use.tools or None
-        try:
-            prompt = render_quickly(bundle, messages, tools, options)
-            if prompt is None:
-                prompt = await asyncio.to_thread(render_prompt, bundle, messages, tools, options)
-        except RenderError as error:
-            at_tools = tools and not getattr(bundle.template, "offers_tools", False)
-            raise RequestError(f"{error}", param="tools" if at_tools else "messages") from error
+        prompt = await _rendered(bundle, messages, tool_use, options)
         begun = _begun_ids(bundle, prompt, tool_use, as_text=sampling.structured is not None)
 
         def reader() -> ReplyReader:
@@ -125,6 +119,19 @@ class Inference:
             param="messages",
             structured=structured,
         )
+
+    async def count_prompt(
+        self,
+        model: str,
+        messages: Sequence[Message],
+        *,
+        caller: Caller,
+        tool_use: ToolUse = NO_TOOLS,
+        options: Options | None = None,
+    ) -> int:
+        """How many tokens `chat` would send the engine for these messages. Raises ModelNotFound, RequestError."""
+        bundle = self._catalog.resolve(model, caller.project_id).bundle
+        return len((await _rendered(bundle, messages, tool_use, options)).ids)
 
     async def complete(
         self,
@@ -181,11 +188,11 @@ class Inference:
             raise RequestError(f"the model '{model}' makes no embeddings: its file names no pooling", param="model")
         if self.in_flight >= self._limit:
             raise RateLimited(f"{self._limit} requests are being answered; try again shortly", retry_after_s=1)
-        self.in_flight += 1
+        self._begun(caller)
         try:
             made = await embed(served, inputs)
         finally:
-            self.in_flight -= 1
+            self._over(caller)
         if caller.allowance is not None:
             caller.allowance.owe_tokens(made.prompt_tokens)
         if self._meter is not None:
@@ -222,11 +229,11 @@ class Inference:
         readers = [reader() for _ in range(sampling.n)]
         if caller.allowance is not None:
             caller.allowance.take_tokens(len(ids))
-        self.in_flight += 1
+        self._begun(caller)
         try:
             events = await served.client.stream(body)
         except BaseException:
-            self.in_flight -= 1
+            self._over(caller)
             if caller.allowance is not None:
                 caller.allowance.owe_tokens(-len(ids))
             raise
@@ -242,9 +249,17 @@ class Inference:
             scored=scored,
         )
 
-    def _ended(self, generation: Generation) -> None:
+    def _begun(self, caller: Caller) -> None:
+        self.in_flight += 1
+        self.live += not caller.is_batch
+
+    def _over(self, caller: Caller) -> None:
         self.in_flight -= 1
+        self.live -= not caller.is_batch
+
+    def _ended(self, generation: Generation) -> None:
         caller, completion_tokens = generation.caller, generation.completion_tokens
+        self._over(caller)
         if caller.allowance is not None:
             caller.allowance.owe_tokens(completion_tokens)
         if self._meter is not None:
@@ -278,6 +293,7 @@ class Generation:
         self._logprobs = sampling.logprobs
         self._structured = structured
         self._scored = scored
+        self._says_nothing = sampling.max_tokens == 0  # the engine makes one token at least
         self._live = True
         self._cut = False  # a stop string ended a choice: the engine does not know and would go on
         self.plain = all(reader.plain for reader in readers)  # text is all that can come
@@ -340,9 +356,12 @@ class Generation:
         ids = choice["token_ids"] or []
         reason = choice["finish_reason"]
         reader = self._readers[index]
-        self.completion_tokens += len(ids)
+        self.completion_tokens += 0 if self._says_nothing else len(ids)
         if self._scored and not self.prompt_logprobs and choice.get("prompt_logprobs"):
             self._read_prompt_logprobs(choice["prompt_logprobs"])
+        if self._says_nothing:
+            self._open.discard(index)
+            return Delta(index, "", "length", None if self._logprobs is None else [])
         told = ids[:-1] if reason == "stop" and ids and ids[-1] in self._client_stops else ids
         if self._logprobs is None or len(ids) == 1:
             part = reader.feed(told)
@@ -395,6 +414,18 @@ class Generation:
             named = [(token_bytes(int(name.removeprefix("token_id:"))), _finite(value)) for name, value in others]
             entries.append(TokenLogprob(token_bytes(token_id), _finite(logprob), named))
         return entries
+
+
+async def _rendered(bundle: Bundle, messages: Sequence[Message], tool_use: ToolUse, options: Options | None) -> Prompt:
+    tools = tool_use.tools or None
+    try:
+        prompt = render_quickly(bundle, messages, tools, options)
+        if prompt is None:
+            prompt = await asyncio.to_thread(render_prompt, bundle, messages, tools, options)
+    except RenderError as error:
+        at_tools = tools and not getattr(bundle.template, "offers_tools", False)
+        raise RequestError(f"{error}", param="tools" if at_tools else "messages") from error
+    return prompt
 
 
 def _begun_ids(bundle: Bundle, prompt: Prompt, tool_use: ToolUse, *, as_text: bool) -> list[int]:

@@ -20,6 +20,9 @@ DEMO_MODEL = "tunegate-demo"
 DEMO_MODEL_PATH = Path(__file__).resolve().parent.parent / "deploy" / "demo_model"
 
 
+LISTS = ("hosts", "ignored_fields")  # that only the file can hold
+
+
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A table of the file: frozen, and no key is taken that it does not name."""
 
@@ -95,6 +98,8 @@ class Settings(Section, frozen=True):
     hosts: list[str] = []  # further names that the server is reached under
     data: str = ""
     organization: str = "local"
+    default_model: str | None = None  # for requests that name none
+    ignored_fields: list[str] = []  # "chat.FIELD", "completions.FIELD", "responses.FIELD": dropped unread
     log_level: str = "info"
     log_format: Literal["text", "json"] = "text"
     bases: dict[str, BaseSettings] = {}
@@ -139,7 +144,7 @@ def _add_environment(raw: dict[str, Any], environ: Mapping[str, str]) -> None:
     for section, struct in sections.items():
         for field in msgspec.structs.fields(struct):
             name = f"TUNEGATE_{section + '_' if section else ''}{field.name}".upper()
-            if name in environ and field.name not in {"hosts", "bases", "aliases", "templates", *tables}:
+            if name in environ and field.name not in {"bases", "aliases", "templates", *LISTS, *tables}:
                 target = raw.setdefault(section, {}) if section else raw
                 target[field.name] = _scalar(environ[name], str(field.type), name)
 
@@ -184,6 +189,11 @@ def _complete(settings: Settings, config: Path | None) -> Settings:
             )
         if alias in bases:
             raise SettingsError(f"alias '{alias}' is already the name of a base")
+    for name in settings.ignored_fields:
+        if name.partition(".")[0] not in ("chat", "completions", "responses") or not name.partition(".")[2]:
+            raise SettingsError(
+                f"ignored_fields names {name!r}; each is chat.FIELD, completions.FIELD or responses.FIELD"
+            )
     return msgspec.structs.replace(settings, bases=bases, data=data, templates=templates)
 
 

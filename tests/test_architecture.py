@@ -52,6 +52,16 @@ ARROWS: dict[str, set[str]] = {
         "gateway.engines",
         "gateway.errors",
     },
+    "gateway.replies": {"gateway.inference", "gateway.wire"},
+    "gateway.responses": {
+        "gateway.access",
+        "gateway.chat",
+        "gateway.errors",
+        "gateway.inference",
+        "gateway.replies",
+        "gateway.store",
+        "gateway.wire",
+    },
     "gateway.jobs": {
         "gateway",
         "gateway.access",
@@ -71,6 +81,8 @@ ARROWS: dict[str, set[str]] = {
         "gateway.errors",
         "gateway.inference",
         "gateway.jobs",
+        "gateway.replies",
+        "gateway.responses",
         "gateway.settings",
         "gateway.store",
     }

@@ -17,7 +17,9 @@ from gateway.access import Caller
 from gateway.batches.input import Ask
 from gateway.store.batches import Line
 
-App = Callable[[MutableMapping[str, Any], Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Awaitable[None]]
+App = Callable[
+    [MutableMapping[str, Any], Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Awaitable[None]
+]
 
 CALLER = "tunegate.caller"  # as `gateway.routes` names it
 RETRIED = (429, 500, 502, 503, 504)
@@ -62,7 +64,12 @@ def cancelled_line(ask: Ask) -> Line:
 
 
 def _unanswered(ask: Ask, code: str, message: str) -> Line:
-    said = {"id": _request_id(), "custom_id": ask.custom_id, "response": None, "error": {"code": code, "message": message}}
+    said = {
+        "id": _request_id(),
+        "custom_id": ask.custom_id,
+        "response": None,
+        "error": {"code": code, "message": message},
+    }
     return Line(ask.number, True, orjson.dumps(said).decode())
 
 

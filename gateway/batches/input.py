@@ -63,7 +63,10 @@ def check_input(path: Path, endpoint: str, max_line_bytes: int) -> Findings:
             continue
         if ask.custom_id in seen:
             found.add(
-                "duplicate_custom_id", f"The custom_id {ask.custom_id[:80]!r} is on an earlier line too.", number, "custom_id"
+                "duplicate_custom_id",
+                f"The custom_id {ask.custom_id[:80]!r} is on an earlier line too.",
+                number,
+                "custom_id",
             )
         seen.add(ask.custom_id)
         if found.model is None and isinstance(model := ask.body.get("model"), str):
@@ -111,11 +114,15 @@ def _parse(number: int, line: bytes, endpoint: str) -> Ask:
     if not isinstance(value, dict):
         raise _BadLine("invalid_json_line", "This line must be a JSON object.")
     if unknown := sorted(set(value) - FIELDS):
-        raise _BadLine("unknown_field", f"This line has the field {unknown[0][:80]!r}; it takes {sorted(FIELDS)}.", unknown[0])
+        raise _BadLine(
+            "unknown_field", f"This line has the field {unknown[0][:80]!r}; it takes {sorted(FIELDS)}.", unknown[0]
+        )
     custom_id, body = value.get("custom_id"), value.get("body")
     if not isinstance(custom_id, str) or not 1 <= len(custom_id) <= MAX_ID_CHARS:
         raise _BadLine(
-            "missing_required_parameter", f"'custom_id' must be a string of 1 to {MAX_ID_CHARS} characters.", "custom_id"
+            "missing_required_parameter",
+            f"'custom_id' must be a string of 1 to {MAX_ID_CHARS} characters.",
+            "custom_id",
         )
     if value.get("method") != "POST":
         raise _BadLine("invalid_method", f"'method' must be 'POST', not {value.get('method')!r:.60}.", "method")

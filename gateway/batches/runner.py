@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from sqlalchemy import Connection
@@ -40,14 +41,14 @@ class Gate:
     """Lets lines through: `limit` at once, and one while anybody else is being answered."""
 
     def __init__(self, limit: int, live: Callable[[], int]) -> None:
-        """`live`: how many requests are under way, lines of batches among them."""
+        """`live`: how many requests are under way that are no lines of batches."""
         self._limit, self._live = limit, live
         self._inside = 0
         self._turn = asyncio.Lock()
 
     async def __aenter__(self) -> None:
         async with self._turn:  # in the order in which they came
-            while self._inside >= (self._limit if self._live() <= self._inside else 1):
+            while self._inside >= (1 if self._live() else self._limit):  # noqa: ASYNC110 - nobody tells
                 await asyncio.sleep(YIELD_S)
             self._inside += 1
 
@@ -64,12 +65,13 @@ class Runner:
         blobs: Blobs,
         find_key: Callable[[str], Caller | None],
         live: Callable[[], int],
+        ready: Callable[[], bool],
         *,
         lines_at_once: int,
         max_line_bytes: int,
     ) -> None:
-        """`find_key` gives whose a key is, None once it was revoked."""
-        self._store, self._blobs, self._find_key = store, blobs, find_key
+        """`find_key` gives whose a key is, None once it was revoked; `ready` says that no model is still on its way."""
+        self._store, self._blobs, self._find_key, self._ready = store, blobs, find_key, ready
         self._gate = Gate(lines_at_once, live)
         self._lines_at_once = lines_at_once
         self._max_line_bytes = max_line_bytes
@@ -92,6 +94,8 @@ class Runner:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _main(self) -> None:
+        while not self._ready():  # noqa: ASYNC110 - a line must not fail because its model is not there yet
+            await asyncio.sleep(TICK_S)
         while True:
             self._wake.clear()
             try:
@@ -99,7 +103,7 @@ class Runner:
                     if batch.id not in self._driven and len(self._driven) < AT_ONCE:
                         task = asyncio.create_task(self._drive(batch.id), name=f"batch {batch.id}")
                         self._driven[batch.id] = task
-                        task.add_done_callback(lambda _, batch_id=batch.id: self._let_go(batch_id))
+                        task.add_done_callback(partial(self._let_go, batch.id))
             except StoreUnavailable as error:
                 logger.warning("batches wait: %s", error.message)
             try:
@@ -108,7 +112,7 @@ class Runner:
             except TimeoutError:
                 pass
 
-    def _let_go(self, batch_id: str) -> None:
+    def _let_go(self, batch_id: str, _: asyncio.Task[None]) -> None:
         self._driven.pop(batch_id, None)
         self._wake.set()
 
@@ -177,11 +181,11 @@ class Runner:
                 task.cancel()
             await asyncio.gather(watch, *left, return_exceptions=True)
         current = await self._read(batch.id)
-        if current is not None and current.n_completed + current.n_failed >= current.n_total:
+        if current is None or current.status != "in_progress":
+            return
+        if current.n_completed + current.n_failed >= current.n_total or time.time() >= batch.expires_at:
             await self._move(batch, ("in_progress",), "finalizing")
-        elif current is not None and current.status == "in_progress" and time.time() >= batch.expires_at:
-            await self._move(batch, ("in_progress",), "finalizing")
-        elif not stop.is_set():
+        else:
             await asyncio.sleep(1)  # a line could not be stored: it is asked again
 
     async def _ask(self, batch: Batch, ask: Ask, stop: asyncio.Event) -> None:
@@ -191,7 +195,10 @@ class Runner:
             return
         async with self._gate:
             line = await ask_line(self._app, batch.endpoint, caller, ask)
-        await self._store.write(lambda connection: statements.store_lines(connection, batch.id, [line]))
+        try:
+            await self._store.write(lambda connection: statements.store_lines(connection, batch.id, [line]))
+        except StoreUnavailable as error:
+            logger.warning("batch %s: line %d is to be asked again: %s", batch.id, ask.number, error.message)
 
     async def _watch(self, batch: Batch, stop: asyncio.Event) -> None:
         """Sets `stop` when the batch is no longer to go on."""

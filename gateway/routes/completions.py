@@ -16,7 +16,7 @@ from gateway.access import Caller
 from gateway.errors import RequestError
 from gateway.inference import Delta, Generation, Inference, TokenLogprob
 from gateway.routes import caller_of
-from gateway.routes.body import parse_json, read_body
+from gateway.routes.body import read_asked
 from gateway.routes.reply import DONE, Departure, new_id, send_events, send_json
 from gateway.wire import completions as wire
 from gateway.wire.chat import Usage
@@ -28,7 +28,7 @@ class Completions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = scope["app"].state
         inference: Inference = state.inference
-        request = wire.parse(parse_json(await read_body(receive, state.settings.limits.body_bytes)))
+        request = wire.parse(await read_asked(receive, state.settings, "completions"))
         caller = caller_of(scope)
         generations: list[Generation] = []
 
@@ -124,8 +124,7 @@ class _Progress:
 
     def show(self, number: int, delta: Delta) -> wire.TextChoice:
         index = number * self._request.best_of + delta.index
-        nothing_made = self._request.sampling.max_tokens == 0  # the engine makes one token at least
-        text, made = ("", None) if nothing_made else (delta.text, delta.logprobs)
+        text, made = delta.text, delta.logprobs
         entries: list[wire.ScoredToken] = []
         scribe = self._scribes.get(index)
         if scribe is None:
@@ -136,8 +135,9 @@ class _Progress:
         sum_before, count = self._sums.get(index, (0.0, 0))
         told = made or []
         self._sums[index] = sum_before + sum(token.logprob for token in told), count + len(told)
-        reason = "length" if nothing_made and delta.finish_reason else delta.finish_reason
-        return wire.TextChoice(index, text, reason, entries if self._request.sampling.logprobs is not None else None)
+        return wire.TextChoice(
+            index, text, delta.finish_reason, entries if self._request.sampling.logprobs is not None else None
+        )
 
     def mean_logprob(self, index: int) -> float:
         """Of the tokens that a choice made; of one that made none, the least there is."""
@@ -206,10 +206,9 @@ async def _merge(generations: list[Generation], shown: _Progress) -> AsyncIterat
 
 
 def _usage(request: wire.CompletionRequest, generations: list[Generation]) -> Usage:
-    made = 0 if request.sampling.max_tokens == 0 else sum(generation.completion_tokens for generation in generations)
     return Usage(
         sum(generation.prompt_tokens for generation in generations),
-        made,
+        sum(generation.completion_tokens for generation in generations),
         sum(generation.cached_tokens for generation in generations),
     )
 

@@ -15,8 +15,10 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.errors import NotFound, RequestError, TunegateError
 from gateway.routes import caller_of, project_of
+from gateway.routes.idempotency import idempotency_key
 from gateway.routes.multipart import Field, FileBegins, FileBytes, read_form
 from gateway.store import files as statements
+from gateway.store import idempotency
 from gateway.store.blobs import BlobReader
 from gateway.store.files import File
 from gateway.store.sweep import remove_unreferenced, sweep_expired
@@ -31,6 +33,7 @@ async def create_file(request: Request) -> Response:
     caller = caller_of(request.scope)
     limit_bytes = caller.limits.storage_bytes
     await sweep_expired(store, blobs)
+    key = idempotency_key(request)
     form = _UploadForm(request)
     if limit_bytes is not None:  # before a byte is read
         now = int(time.time())
@@ -39,8 +42,14 @@ async def create_file(request: Request) -> Response:
 
     def insert(connection: Connection) -> File:
         now = int(time.time())
+        mark = idempotency.fingerprint("file", blob.digest, form.filename, form.upload)
+        earlier = idempotency.recall(connection, caller.project_id, key, mark)
+        if earlier is not None and (
+            file := statements.select_file(connection, earlier, now=now, project_id=caller.project_id)
+        ):
+            return file
         statements.require_room(connection, caller.project_id, blob.size_bytes, limit_bytes, now)
-        return statements.insert_file(
+        file = statements.insert_file(
             connection,
             blob,
             filename=form.filename,
@@ -49,6 +58,8 @@ async def create_file(request: Request) -> Response:
             expires_after_s=form.upload.expires_after_s,
             project_id=caller.project_id,
         )
+        idempotency.remember(connection, caller.project_id, key, mark, file.id)
+        return file
 
     try:
         file = await store.write(insert)

@@ -298,3 +298,96 @@ permissions = Table(
     Index("ix_permissions_listed", "model", "created_at", "seq"),
     sqlite_autoincrement=True,
 )
+
+# Chat completions that were asked for with "store": true.
+completions = Table(
+    "completions",
+    metadata,
+    _seq(),
+    Column("id", Text, nullable=False, unique=True),  # "chatcmpl-…"
+    _project(),
+    Column("created_at", BigInteger, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("metadata", Json),
+    Column("messages", Json, nullable=False),  # as they were sent
+    Column("body", Json, nullable=False),  # the chat.completion, and how it was sampled
+    Column("deleted_at", BigInteger),
+    Index("ix_completions_listed", "project_id", "created_at", "seq"),
+    sqlite_autoincrement=True,
+)
+
+# A deleted response keeps its row, without what was said, so that a chain that leads through it can be told of.
+responses = Table(
+    "responses",
+    metadata,
+    _seq(),
+    Column("id", Text, nullable=False, unique=True),  # "resp_…"
+    _project(),
+    Column("created_at", BigInteger, nullable=False),
+    Column("previous_response_id", Text),
+    Column("status", Text, nullable=False, index=True),
+    Column("background", Boolean, nullable=False),
+    Column("request", Json, nullable=False),  # the body, for one in the background that a restart interrupts
+    Column("items", Json, nullable=False),  # what came in with it, each with an id
+    Column("body", Json, nullable=False),  # the response
+    Column("deleted_at", BigInteger),
+    Index("ix_responses_listed", "project_id", "created_at", "seq"),
+    Index("ix_responses_created_at", "created_at"),
+    sqlite_autoincrement=True,
+)
+
+evals = Table(
+    "evals",
+    metadata,
+    _seq(),
+    Column("id", Text, nullable=False, unique=True),  # "eval_…"
+    _project(),
+    Column("created_at", BigInteger, nullable=False),
+    Column("updated_at", BigInteger, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("data_source_config", Json, nullable=False),
+    Column("testing_criteria", Json, nullable=False),
+    Column("metadata", Json),
+    Column("deleted_at", BigInteger),
+    Index("ix_evals_listed", "project_id", "created_at", "seq"),
+    sqlite_autoincrement=True,
+)
+
+eval_runs = Table(
+    "eval_runs",
+    metadata,
+    _seq(),
+    Column("id", Text, nullable=False, unique=True),  # "evalrun_…"
+    _project(),
+    Column("created_at", BigInteger, nullable=False),
+    Column("eval_id", Text, ForeignKey("evals.id", ondelete="CASCADE"), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("data_source", Json, nullable=False),
+    Column("metadata", Json),
+    Column("status", Text, nullable=False, index=True),  # queued | in_progress | completed | canceled | failed
+    Column("error", Json),
+    Column("n_items", Integer),  # NULL until its data were read
+    Column("deleted_at", BigInteger),
+    Index("ix_eval_runs_listed", "eval_id", "created_at", "seq"),
+    sqlite_autoincrement=True,
+)
+
+eval_items = Table(
+    "eval_items",
+    metadata,
+    _seq(),
+    Column("id", Text, nullable=False, unique=True),  # "outputitem_…"
+    _project(),
+    Column("created_at", BigInteger, nullable=False),
+    Column("run_id", Text, ForeignKey("eval_runs.id", ondelete="CASCADE"), nullable=False),
+    Column("number", Integer, nullable=False),  # its line in the data
+    Column("status", Text, nullable=False),  # pass | fail | error
+    Column("item", Json, nullable=False),
+    Column("sample", Json, nullable=False),
+    Column("results", Json, nullable=False),
+    Column("usage", Json, nullable=False),  # by model, the graders' too
+    UniqueConstraint("run_id", "number"),
+    Index("ix_eval_items_listed", "run_id", "created_at", "seq"),
+    sqlite_autoincrement=True,
+)

@@ -33,7 +33,9 @@ def parse_create(body: Body) -> NewBatch:
     refuse_unknown(body, known)
     endpoint = required_string(body, "endpoint", 200)
     if endpoint not in ENDPOINTS:
-        raise RequestError(f"'endpoint' is {show(endpoint)}; a batch asks one of {', '.join(ENDPOINTS)}", param="endpoint")
+        raise RequestError(
+            f"'endpoint' is {show(endpoint)}; a batch asks one of {', '.join(ENDPOINTS)}", param="endpoint"
+        )
     window = required_string(body, "completion_window", 20)
     if window not in WINDOWS_S:
         raise RequestError(f"'completion_window' is {show(window)}; it must be '24h'", param="completion_window")

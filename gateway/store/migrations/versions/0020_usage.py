@@ -6,7 +6,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0020_usage"
-down_revision = "0020_keys"
+down_revision = "0010_resources"
 
 
 def upgrade() -> None:
