@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import access
 from gateway.access import ANYBODY, Caller
-from gateway.errors import Forbidden, Misdirected, TunegateError, Unauthorized
+from gateway.errors import Forbidden, Misdirected, TunegateError, Unauthorized, UnsupportedMediaType
 from gateway.keys import Keyring
 from gateway.logs import RequestLog
 from gateway.routes import CALLER, REQUEST_ID, caller_of
@@ -128,6 +128,8 @@ class Front:
                 origin = value
             elif name == b"authorization":
                 authorization = value
+            elif name == b"content-encoding" and value.strip().lower() not in (b"identity", b""):
+                raise UnsupportedMediaType("A compressed body (Content-Encoding) is not taken: send it as it is.")
         self._check_origin(host, origin, n_hosts)
         path: str = scope["path"]
         if path in PROBES:

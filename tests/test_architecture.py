@@ -28,6 +28,7 @@ ARROWS: dict[str, set[str]] = {
     "gateway.limits": {"gateway.access", "gateway.errors"},
     "gateway.keys": {"gateway.access", "gateway.errors", "gateway.limits", "gateway.store"},
     "gateway.metering": {"gateway.access", "gateway.errors", "gateway.store"},
+    "gateway.connection": {"gateway.errors", "gateway.routes"},
     "gateway.batches": {"gateway.access", "gateway.errors", "gateway.store"},
     "gateway.front": {"gateway.access", "gateway.errors", "gateway.keys", "gateway.logs", "gateway.routes"},
     "gateway.llama_worker": {"gateway", "gateway.errors"},
