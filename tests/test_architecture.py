@@ -27,6 +27,8 @@ ARROWS: dict[str, set[str]] = {
     "gateway.logs": LEAVES,
     "gateway.limits": {"gateway.access", "gateway.errors"},
     "gateway.keys": {"gateway.access", "gateway.errors", "gateway.limits", "gateway.store"},
+    "gateway.metrics": LEAVES,
+    "gateway.tracing": {"gateway", "gateway.access", "gateway.errors"},
     "gateway.metering": {"gateway.access", "gateway.errors", "gateway.store"},
     "gateway.connection": {"gateway.errors", "gateway.routes"},
     "gateway.batches": {"gateway.access", "gateway.errors", "gateway.store"},
