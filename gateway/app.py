@@ -30,6 +30,7 @@ from gateway.routes import (
     fine_tuning,
     health,
     models,
+    openapi,
     permissions,
     preview,
     responses,
@@ -61,6 +62,7 @@ ROUTES = [
     *uploads.routes,
     *batches.routes,
     *usage.routes,
+    *openapi.routes,
     *health.routes,
 ]
 
@@ -94,7 +96,7 @@ def create_app(settings: Settings, data_dir: DataDir) -> Starlette:
         routes=ROUTES,
         lifespan=lifespan,
         middleware=[front],
-        exception_handlers={TunegateError: _tell, HTTPException: _tell_router, ClientLeft: _say_nothing, 500: _crash},  # type: ignore[dict-item]
+        exception_handlers={TunegateError: _tell, HTTPException: _tell_router, ClientLeft: _say_nothing},  # type: ignore[dict-item]
     )
 
 
@@ -122,8 +124,3 @@ async def _tell_router(request: Request, error: HTTPException) -> Response:
 
 async def _say_nothing(_: Request, __: ClientLeft) -> Response:
     return Response(status_code=400)
-
-
-async def _crash(request: Request, error: Exception) -> Response:
-    logger.error("unexpected, at %s %s", request.method, request.url.path, exc_info=error)
-    return error_response(TunegateError("The server had an error while processing your request; its log says more."))

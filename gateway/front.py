@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import secrets
 import time
 
@@ -23,6 +24,8 @@ from gateway.logs import RequestLog
 from gateway.routes import CALLER, REQUEST_ID, caller_of
 from gateway.routes.reply import error_response
 
+logger = logging.getLogger("tunegate")
+
 # The scope that a key needs, by the first part of the path behind /v1/.
 RESOURCES: dict[str, access.Scope] = {
     "chat": "infer",
@@ -36,6 +39,7 @@ RESOURCES: dict[str, access.Scope] = {
     "uploads": "files",
     "fine_tuning": "tune",
     "evals": "tune",
+    "openapi.json": "infer",
     "templates": "infer",  # to read them; to change them: admin
 }
 PROBES = ("/healthz", "/readyz")  # what asks for them has no key, and is told no more than a status
@@ -90,13 +94,20 @@ class Front:
                 scope[CALLER] = caller
                 if caller.allowance is not None:
                     caller.allowance.take_request()
-        except TunegateError as error:
-            await error_response(error)(scope, receive, send_named)
-        else:
             if caller.key_id is None:
                 await self._app(scope, receive, send_named)
             elif not await self._run_revocable(caller.key_id, scope, receive, send_named):
                 await _end_revoked(status, events, scope, receive, send_named)
+        except TunegateError as error:
+            if status:
+                raise
+            await error_response(error)(scope, receive, send_named)
+        except Exception as error:  # the boundary: a fault of ours ends one request
+            logger.error("unexpected, at %s %s", method, scope["path"], exc_info=error)
+            if status:
+                raise  # too late for an error object: the connection is cut
+            crash = TunegateError("The server had an error while processing your request; its log says more.")
+            await error_response(crash)(scope, receive, send_named)
         finally:
             took_s = time.perf_counter() - began
             key_id = None if caller is None else caller.key_id

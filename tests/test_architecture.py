@@ -27,6 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "gateway.logs": LEAVES,
     "gateway.limits": {"gateway.access", "gateway.errors"},
     "gateway.keys": {"gateway.access", "gateway.errors", "gateway.limits", "gateway.store"},
+    "gateway.openapi": {"gateway.wire"},
     "gateway.metrics": LEAVES,
     "gateway.tracing": {"gateway", "gateway.access", "gateway.errors"},
     "gateway.metering": {"gateway.access", "gateway.errors", "gateway.store"},
@@ -80,7 +81,9 @@ ARROWS: dict[str, set[str]] = {
     "gateway.models": {"gateway", "gateway.bases", "gateway.errors", "gateway.jobdir", "gateway.store"},
     "gateway.terminal": {"gateway.bases", "gateway.errors"},
     "gateway.routes": {
+        "gateway",
         "gateway.access",
+        "gateway.openapi",
         "gateway.errors",
         "gateway.inference",
         "gateway.jobs",
