@@ -73,7 +73,8 @@ class Vocabulary:
         alike = rows > 0  # whether the token before begins with the same bytes
         nodes = np.zeros(len(spoken), dtype=np.int32)  # where in the level before each begins
         twins = [self._twins]
-        parents, levels = 1, []
+        levels: list[_Level] = []
+        parents = 1
         while len(rows):
             depth, before = len(levels), np.maximum(rows - 1, 0)
             last = text[starts[rows] + depth]
