@@ -119,13 +119,14 @@ class Running:
         generation = sequence.generation
         if generation.over:
             return
-        if not np.isfinite(logits.max()):
+        likeliest = int(logits.argmax())  # a NaN counts as the largest
+        if not np.isfinite(logits[likeliest]):
             name = generation.request.model
             self._fail(generation, TunegateError(f"The model {name!r} produced logits that are not finite numbers."))
             return
         sampling = generation.request.sampling
         try:
-            token = sequence.sampler.choose(logits)
+            token = sequence.sampler.choose(logits, likeliest)
         except RequestError as error:  # of its grammar
             self._fail(generation, error)
             return

@@ -64,6 +64,7 @@ class Sampler:
         self.ended = False
         self._floor_ids = np.fromiter(ends, dtype=np.int64)
         self._generated = 0
+        self._greedy = sampling.temperature < GREEDY_BELOW
         self._penalised = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
         # Only sequences with penalties pay for counts of the size of the vocabulary.
         self._counts = np.zeros(vocab_size, dtype=np.float32) if self._penalised else None
@@ -72,12 +73,17 @@ class Sampler:
             self._seen = np.zeros(vocab_size, dtype=np.bool_)
             self._seen[np.asarray(prompt_ids, dtype=np.int64)] = True
 
-    def choose(self, logits: Logits) -> int:
+    def choose(self, logits: Logits, likeliest: int | None = None) -> int:
         """The next token for `logits` (vocab); remembers it. The array is not changed.
+
+        `likeliest` is where they are largest, if that is known: greedy choices need nothing else.
 
         Raises RequestError when what the text is held to allows no token, or takes too long to follow.
         """
         adjusted = self._adjust(logits)
+        if likeliest is not None and adjusted is logits and self._greedy and self._constraint is None:
+            self._generated += 1
+            return likeliest
         token = self._pick(adjusted) if self._constraint is None else self._pick_held(adjusted, self._constraint)
         self._generated += 1
         if self._counts is not None:
