@@ -50,6 +50,8 @@ class Loop:
 
     def __init__(self, model: Model, context: FailingContext, adapters: Adapters) -> None:
         self.context = context
+        self.adapters = adapters
+        self.over: list[str] = []  # the models of the requests that have ended, in order
         self.scheduler = Scheduler(
             model,
             context,
@@ -76,8 +78,10 @@ class Loop:
             if isinstance(event, Choice):
                 ids[event.index] += event.ids
             elif isinstance(event, Finished):
+                self.over.append(model)
                 reply.set_result(ids)
             else:
+                self.over.append(model)
                 reply.set_exception(event)
 
         self.scheduler.submit(Generation(request, deliver))
