@@ -87,6 +87,21 @@ class Loop:
         self.scheduler.submit(Generation(request, deliver))
         return reply
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """What is asked meanwhile comes to the loop together, in order."""
+        released = threading.Event()
+        self.scheduler._put(lambda: released.wait() and None)
+        yield
+        released.set()
+
+    def round(self) -> None:
+        """Returns when the loop has taken one more round."""
+        for _ in range(2):
+            taken = threading.Event()
+            self.scheduler._put(taken.set)
+            assert taken.wait(30)
+
     def load(self, name: str, folder: Path) -> Future[None]:
         return self._answer(lambda reply: self.scheduler.load(name, str(folder), reply))
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from gateway.llama_worker.scheduler import MOST_OVERTAKING
 from tests.llama_worker.in_process import Loop, loop
 from tests.llama_worker.running import prompt
 
@@ -24,21 +27,42 @@ def one_adapter(tiny_model: Path, adapter_folders: dict[str, Path]) -> Iterator[
         yield running
 
 
+@contextmanager
+def red_stays(running: Loop) -> Iterator[None]:
+    """A request for red, once it has begun, ends only after this; blue's file is read already, so that it needs room alone."""
+    released = threading.Event()
+    running.adapters._thread.submit(released.wait)  # red's form for decode steps is not made meanwhile
+    blue = running.adapters.get("blue")
+    assert blue is not None
+    running.adapters._reading[blue.serial] = Future()
+    running.adapters._reading[blue.serial].set_result(None)
+    try:
+        yield
+    finally:
+        released.set()
+
+
 def test_others_overtake_a_request_whose_adapter_has_no_room(one_adapter: Loop) -> None:
-    asked = [
-        one_adapter.ask(prompt(10), tokens, model=name) for name, tokens in (("red", 200), ("blue", 5), ("base", 5))
-    ]
-    assert [len(reply.result(WAIT_S)[0]) for reply in asked] == [200, 5, 5]
+    with red_stays(one_adapter):
+        red, blue = (one_adapter.ask(prompt(10), 5, model=name) for name in ("red", "blue"))
+        assert len(one_adapter.ask(prompt(10), 5).result(WAIT_S)[0]) == 5
+        assert not red.done() and not blue.done()
+    assert len(red.result(WAIT_S)[0]) == len(blue.result(WAIT_S)[0]) == 5
     assert one_adapter.over == ["base", "red", "blue"]
 
 
 def test_a_request_is_overtaken_by_so_many_and_no_more(one_adapter: Loop) -> None:
-    asked = [one_adapter.ask(prompt(10), 240, model="red"), one_adapter.ask(prompt(10), 1, model="blue")]
-    asked += [one_adapter.ask(prompt(10), 1) for _ in range(80)]
-    for reply in asked:
+    with red_stays(one_adapter):
+        others = [one_adapter.ask(prompt(10), 5, model=name) for name in ("red", "blue")]
+        asked = [one_adapter.ask(prompt(10), 1) for _ in range(MOST_OVERTAKING + 20)]
+        for reply in asked[:MOST_OVERTAKING]:
+            reply.result(WAIT_S)
+        for _ in range(20):
+            one_adapter.round()
+        assert one_adapter.over == ["base"] * MOST_OVERTAKING
+    for reply in others + asked:
         reply.result(WAIT_S)
-    assert one_adapter.over.index("red") < one_adapter.over.index("blue")
-    assert 32 < one_adapter.over.index("blue") < 32 + 5
+    assert one_adapter.over.index("red") == MOST_OVERTAKING
 
 
 def test_streams_go_on_while_the_files_of_an_adapter_are_read_and_converted(one_adapter: Loop) -> None:
@@ -59,9 +83,10 @@ def test_streams_go_on_while_the_files_of_an_adapter_are_read_and_converted(one_
 
 
 def test_a_stop_answers_those_who_wait_for_an_adapter_to_go(one_adapter: Loop) -> None:
-    red = one_adapter.ask(prompt(10), 240, model="red")
-    gone = one_adapter.unload("red")
-    one_adapter.scheduler.stop(0)
+    with one_adapter.held():
+        red = one_adapter.ask(prompt(10), 240, model="red")
+        gone = one_adapter.unload("red")
+        one_adapter.scheduler.stop(0)
     one_adapter.ended.result(WAIT_S)
     assert "shutting down" in str(red.exception(WAIT_S))
     assert gone.result(WAIT_S) is None
