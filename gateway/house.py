@@ -20,6 +20,7 @@ from gateway.engines.attached import AttachedEngine
 from gateway.engines.catalog import Base, Catalog, TunedModel
 from gateway.engines.client import Deadlines
 from gateway.engines.engine import Engine
+from gateway.engines.kinds import llama_engine
 from gateway.engines.memory import expected_memory, planned_context
 from gateway.engines.residents import Resident, Residents
 from gateway.errors import EngineUnavailable, SettingsError, TunegateError
@@ -150,7 +151,7 @@ class House:
     ) -> Engine | AttachedEngine:
         if settings.engine_url is not None:
             return AttachedEngine(settings.engine_url, settings.engine_key or "")
-        engine = Engine(
+        engine = llama_engine(
             prepared,
             self.data_dir.engines / name,
             context=context if prepared.kv_bytes_per_token or settings.context_length else None,
