@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from gateway.bases import PreparedBase
 from gateway.engine_settings import EngineSettings, engines_of
-from gateway.engines.attached import AttachedEngine
+from gateway.engines.client import Endpoint
 from gateway.engines.engine import Engine
+from gateway.engines.kinds import llama_engine, remote_engine, remote_llama_engine, vllm_engine
 from gateway.engines.memory import expected_memory
-from gateway.engines.pool import Pool, Replica, ReplicaEngine
-from gateway.settings import BaseSettings
+from gateway.engines.pool import Pool, Replica
+from gateway.settings import LLAMA_SEQS, BaseSettings
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Fleet:
     def memory_bytes(self, name: str) -> int:
         """What the engines of a base that are spawned here are expected to take together."""
         served = self._served[name]
-        each = expected_memory(served.prepared, served.context, served.settings.max_seqs)
+        each = expected_memory(served.prepared, served.context, served.settings.max_seqs or LLAMA_SEQS)
         return each * sum(plan.url is None for plan in served.plans.values())
 
     def is_spawned(self, name: str) -> bool:
@@ -100,18 +102,33 @@ class Fleet:
             await served.pool.change(leave, come)
 
     def _make(self, served: Served, plan: Plan) -> Replica:
-        return Replica(plan.name, self._engine(served, plan), plan.entry.served_name)
+        served_name = plan.entry.served_name
+        return Replica(plan.name, self._engine(served, plan), served_name)
 
-    def _engine(self, served: Served, plan: Plan) -> ReplicaEngine:
+    def _engine(self, served: Served, plan: Plan) -> Engine:
+        settings, prepared, entry = served.settings, served.prepared, plan.entry
         if plan.url is not None:
-            return AttachedEngine(plan.url, plan.entry.key or "")
-        settings, prepared = served.settings, served.prepared
+            parts = urlsplit(plan.url)
+            endpoint = Endpoint(parts.hostname or "", parts.port or 80, entry.key or "")
+            make = remote_llama_engine if entry.kind == "llama" else remote_engine
+            return make(prepared, endpoint, served_name=entry.served_name, path_map=entry.paths)
         folder = self._folder / served.pool.name
-        return Engine(
+        if plan.place > 1:
+            folder /= f"@{plan.place}"  # no part of a base's name begins so
+        if entry.kind == "vllm":
+            return vllm_engine(
+                prepared,
+                folder,
+                python=entry.python or "",
+                arguments=entry.args,
+                context=settings.context_length,
+                max_seqs=settings.max_seqs,
+            )
+        return llama_engine(
             prepared,
-            folder / f"@{plan.place}" if plan.place > 1 else folder,  # no part of a base's name begins with @
+            folder,
             context=served.context if prepared.kv_bytes_per_token or settings.context_length else None,
-            max_seqs=settings.max_seqs,
+            max_seqs=settings.max_seqs or LLAMA_SEQS,
             threads=settings.threads,
         )
 

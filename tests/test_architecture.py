@@ -21,6 +21,7 @@ LEAVES: set[str] = set()
 ARROWS: dict[str, set[str]] = {
     "gateway.errors": LEAVES,
     "gateway.jobdir": LEAVES,
+    "gateway.vllm_guard": LEAVES,
     "gateway.chat": LEAVES,
     "gateway.engine_settings": {"gateway.errors"},
     "gateway.settings": {"gateway.engine_settings", "gateway.errors"},

@@ -81,7 +81,7 @@ class Creation:
             job_id=job.id,
             model=job.model,
             created_at=job.created_at,
-            base=BaseRef(base.name, str(base.prepared.path), str(base.prepared.gguf), base.prepared.digest),
+            base=_base_ref(base),
             training_file=refs[TRAINING_FILE],
             validation_file=refs.get(VALIDATION_FILE),
             seed=job.seed,
@@ -117,6 +117,12 @@ class Creation:
             validating += f" and validation file: {job.validation_file}"
         statements.insert_job(connection, job, [f"Created fine-tuning job: {job.id}", validating])
         return job
+
+
+def _base_ref(base: Base) -> BaseRef:
+    served = base.prepared
+    gguf, hf = (None if path is None else str(path) for path in (served.gguf, served.hf))
+    return BaseRef(base.name, str(served.path), gguf, served.digest, hf)
 
 
 def bundle_for(base: Base, options: dict[str, Any]) -> Bundle:

@@ -12,6 +12,7 @@ import pytest
 from gateway.bases import PreparedBase
 from gateway.engines.client import Deadlines, EngineClient
 from gateway.engines.engine import Engine
+from gateway.engines.kinds import llama_engine
 from gateway.engines.residents import Resident, Residents
 from gateway.errors import EngineUnavailable
 from gateway.jobdir import read_json
@@ -47,7 +48,7 @@ async def make(tmp_path: Path) -> AsyncIterator[MakeResident]:
         model.touch()
         base = PreparedBase(name, tmp_path, model, "sha256:base", "LlamaForCausalLM", 64, "vicuna_v1.1", (2,))
         command = (*FAKE, misdeed)
-        engine = Engine(base, tmp_path / "engines" / name, command=command, timings=QUICK)
+        engine = llama_engine(base, tmp_path / "engines" / name, command=command, timings=QUICK)
         engines.append(engine)
         return Resident(pool_of(engine, name=name), memory_bytes, on_demand, idle_unload_s)
 
@@ -195,7 +196,7 @@ async def test_a_stream_holds_its_engine_to_its_end(make: MakeResident) -> None:
 
 async def test_adapters_are_back_when_an_engine_that_rested_is_brought(tmp_path: Path) -> None:
     base = tiny_base(tmp_path / "base")
-    only = Engine(base, tmp_path / "engine", max_seqs=2, threads=1, timings=QUICK)
+    only = llama_engine(base, tmp_path / "engine", max_seqs=2, threads=1, timings=QUICK)
     engine = pool_of(only)
     residents = Residents()
     await residents.add(Resident(engine, 1, on_demand=True, idle_unload_s=None))

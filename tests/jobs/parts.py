@@ -17,6 +17,7 @@ from gateway.chat.bundle import Bundle, make_bundle
 from gateway.engines.catalog import Base, Catalog
 from gateway.engines.client import Deadlines
 from gateway.engines.engine import Engine
+from gateway.engines.kinds import llama_engine
 from gateway.engines.pool import Pool
 from gateway.errors import EngineUnavailable
 from gateway.jobdir import JobDir
@@ -69,7 +70,9 @@ class Workshop:
         self.store = Store.open(self.data_dir.database)
         self.blobs = Blobs(self.data_dir.blobs)
         self.catalog = Catalog(Deadlines(10, 10))
-        self.engine = engine or Engine(prepared, self.data_dir.engines / "tiny", max_seqs=4, threads=1, timings=QUICK)
+        self.engine = engine or llama_engine(
+            prepared, self.data_dir.engines / "tiny", max_seqs=4, threads=1, timings=QUICK
+        )
         self.pool = pool_of(self.engine)
         self.catalog.add_base(
             Base("tiny", base_bundle(), self.pool, "tiny", self.engine.max_model_len, 1, prepared), ["gpt-4o-mini"]
