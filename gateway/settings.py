@@ -123,6 +123,12 @@ def load_settings(config: Path | None, environ: Mapping[str, str], overrides: Ma
     return _complete(settings, config, environ)
 
 
+def changed_names(before: Settings, after: Settings) -> list[str]:
+    """The names at the top level whose values differ, but for `engines`, which is taken while the server runs."""
+    names = [field.name for field in msgspec.structs.fields(Settings) if field.name != "engines"]
+    return [name for name in names if getattr(before, name) != getattr(after, name)]
+
+
 def _add_environment(raw: dict[str, Any], environ: Mapping[str, str]) -> None:
     """TUNEGATE_PORT=8001 sets `port`, TUNEGATE_JOBS_PARALLEL=2 sets `parallel` under [jobs]."""
     tables: dict[str, type[Section]] = {"jobs": JobSettings, "limits": LimitSettings}
