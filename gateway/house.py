@@ -13,17 +13,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from gateway.bases import PreparedBase, prepare, read_base
+from gateway.bases import HF_TYPE, PreparedBase, prepare, read_base
 from gateway.chat.bundle import Bundle
 from gateway.engines.adapters import Adapter
-from gateway.engines.attached import AttachedEngine
 from gateway.engines.catalog import Base, Catalog, TunedModel
 from gateway.engines.client import Deadlines
-from gateway.engines.engine import Engine
-from gateway.engines.kinds import llama_engine
-from gateway.engines.memory import expected_memory, planned_context
+from gateway.engines.memory import planned_context
+from gateway.engines.pool import Pool
 from gateway.engines.residents import Resident, Residents
 from gateway.errors import EngineUnavailable, SettingsError, TunegateError
+from gateway.fleet import Fleet
 from gateway.inference import Inference
 from gateway.jobs.preview import Previews
 from gateway.jobs.supervisor import Supervisor
@@ -54,7 +53,8 @@ class House:
         self.blobs = Blobs(data_dir.blobs)
         self.templates = Templates(settings.templates, self.catalog)
         self.previews = Previews()
-        self.residents = Residents(settings.engines.memory_bytes, settings.engines.start_wait_s)
+        self.residents = Residents(limits.engine_memory_bytes, limits.engine_start_s)
+        self.fleet = Fleet(data_dir.engines, settings.engines)
         self._bundles: dict[str, Bundle] = {}
         self._starting: dict[str, asyncio.Task[None]] = {}
 
@@ -88,8 +88,8 @@ class House:
         """The bases that are being prepared or whose engine is on its way."""
         return [name for name, task in self._starting.items() if not task.done()]
 
-    def engine(self, base: str) -> Engine:
-        """The engine of a base that is spawned here. Raises EngineUnavailable while the base is being prepared."""
+    def engine(self, base: str) -> Pool:
+        """The engines of a base. Raises EngineUnavailable while the base is being prepared."""
         engine = self.residents.engine(base)
         if engine is None:
             raise EngineUnavailable(f"the base '{base}' is not started (yet)", retry_after_s=2)
@@ -104,7 +104,7 @@ class House:
             prepared = await self._prepared(name, settings)
             bundle = await self._bundle(prepared.path)
             aliases = [alias for alias, target in self.settings.aliases.items() if target == name]
-            whole = prepared.context_length if settings.engine_url else None  # an engine elsewhere has its own means
+            whole = None if self.fleet.is_spawned(name) else prepared.context_length  # others have their own means
             context = planned_context(prepared, settings.context_length or whole, settings.max_seqs)
             if context < prepared.context_length and settings.context_length is None:
                 logger.info(
@@ -120,12 +120,11 @@ class House:
             await self.templates.add_base(base, aliases, settings.options)
             for row in await self.store.read(lambda connection: model_statements.of_base(connection, name)):
                 await self.publish(row)
-            if isinstance(engine, Engine):
-                await self.residents.add(_resident(engine, settings, prepared, context))
-                if engine.started:
-                    await engine.wait_ready(600)
-            rests = isinstance(engine, Engine) and engine.resting
-            what = "starts when it is asked for" if rests else f"is ready after {time.monotonic() - began:.1f} s"
+            await self.residents.add(self._resident(engine, settings))
+            if engine.started:
+                await engine.wait_ready(600)
+            took_s = time.monotonic() - began
+            what = "starts when it is asked for" if engine.resting else f"is ready after {took_s:.1f} s"
             logger.info("'%s' %s", name, what)
         except TunegateError as error:
             logger.error("the base '%s' cannot be served: %s", name, error.message)
@@ -142,25 +141,23 @@ class House:
                 f"or `tunegate models remove {name}`"
             )
         recipe = self.templates.recipe(settings.template)
-        return await prepare(
-            name, Path(settings.path), settings.template, folder, logger.info, recipe, kind=settings.type
-        )
+        kind = HF_TYPE if self.fleet.kind(name) == "vllm" else settings.type
+        return await prepare(name, Path(settings.path), settings.template, folder, logger.info, recipe, kind=kind)
 
-    async def _make_engine(
-        self, name: str, settings: BaseSettings, prepared: PreparedBase, context: int
-    ) -> Engine | AttachedEngine:
-        if settings.engine_url is not None:
-            return AttachedEngine(settings.engine_url, settings.engine_key or "")
-        engine = llama_engine(
-            prepared,
-            self.data_dir.engines / name,
-            context=context if prepared.kv_bytes_per_token or settings.context_length else None,
-            max_seqs=settings.max_seqs,
-            threads=settings.threads,
-        )
+    async def _make_engine(self, name: str, settings: BaseSettings, prepared: PreparedBase, context: int) -> Pool:
+        engine = self.fleet.pool(name, settings, prepared, context)
         rows = await self.store.read(lambda connection: model_statements.of_base(connection, name))
         engine.set_desired(Adapter(row.engine_name, Path(row.adapter_path), name, row.adapter_digest) for row in rows)
         return engine
+
+    def _resident(self, engine: Pool, settings: BaseSettings) -> Resident:
+        added = settings.start is None and settings.path is None
+        return Resident(
+            engine,
+            self.fleet.memory_bytes(engine.name),
+            on_demand=(settings.start == "on_demand" or added) and self.fleet.is_spawned(engine.name),
+            idle_unload_s=settings.idle_unload_s or None,
+        )
 
     async def _watch_added(self) -> None:
         """Serves what `tunegate models add` has put into the data folder, and lets go of what `models remove` took away."""
@@ -184,6 +181,7 @@ class House:
             await asyncio.gather(starting, return_exceptions=True)
         self.templates.remove_base(name)
         await self.residents.remove(name)
+        self.fleet.forget(name)
 
     async def publish(self, row: ModelRow) -> None:
         """Serves a tuned model that the database has; its engine has it, or will when it is ready."""
@@ -210,12 +208,3 @@ def _added(bases: Path) -> dict[str, tuple[int, int]]:
             continue
         found[name] = (status.st_ino, status.st_mtime_ns)
     return found
-
-
-def _resident(engine: Engine, settings: BaseSettings, prepared: PreparedBase, context: int) -> Resident:
-    return Resident(
-        engine,
-        expected_memory(prepared, context, settings.max_seqs),
-        on_demand=settings.start == "on_demand" or (settings.start is None and settings.path is None),
-        idle_unload_s=settings.idle_unload_s or None,
-    )

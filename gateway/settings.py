@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from gateway.engine_settings import EngineSettings, check_engines, complete_engine
 from gateway.errors import SettingsError
 
 DEMO_MODEL = "tunegate-demo"
@@ -36,8 +37,6 @@ class BaseSettings(Section, frozen=True):
     threads: int | None = None  # None: all processors
     start: Literal["always", "on_demand"] | None = None  # None: always, or on demand when it was added
     idle_unload_s: float = 900.0  # of one that is started on demand; 0: never
-    engine_url: str | None = None  # an engine that already runs, http://HOST:PORT, instead of a spawned worker
-    engine_key: str | None = None
 
 
 class TemplateSettings(Section, frozen=True):
@@ -76,13 +75,8 @@ class LimitSettings(Section, frozen=True):
     first_token_s: float = 300.0
     between_tokens_s: float = 120.0
     requests_in_flight: int = 1024
-
-
-class EngineSettings(Section, frozen=True):
-    """What holds for all engines that are spawned here."""
-
-    memory_bytes: int | None = None  # for all of them together; None: no limit
-    start_wait_s: float = 120.0  # how long a request waits for its model to start
+    engine_memory_bytes: int | None = None  # for all engines together that are spawned here; None: no limit
+    engine_start_s: float = 120.0  # how long a request waits for its model to start
 
 
 class Settings(Section, frozen=True):
@@ -96,7 +90,7 @@ class Settings(Section, frozen=True):
     bases: dict[str, BaseSettings] = {}
     aliases: dict[str, str] = {}
     templates: dict[str, TemplateSettings] = {}
-    engines: EngineSettings = EngineSettings()
+    engines: list[EngineSettings] = []
     jobs: JobSettings = JobSettings()
     limits: LimitSettings = LimitSettings()
 
@@ -125,17 +119,17 @@ def load_settings(config: Path | None, environ: Mapping[str, str], overrides: Ma
         settings = msgspec.convert(raw, Settings)
     except msgspec.ValidationError as error:
         raise SettingsError(f"{where}: {error}; the README lists every setting") from error
-    return _complete(settings, config)
+    return _complete(settings, config, environ)
 
 
 def _add_environment(raw: dict[str, Any], environ: Mapping[str, str]) -> None:
     """TUNEGATE_PORT=8001 sets `port`, TUNEGATE_JOBS_PARALLEL=2 sets `parallel` under [jobs]."""
-    tables: dict[str, type[Section]] = {"engines": EngineSettings, "jobs": JobSettings, "limits": LimitSettings}
+    tables: dict[str, type[Section]] = {"jobs": JobSettings, "limits": LimitSettings}
     sections: dict[str, type[Section]] = {"": Settings, **tables}
     for section, struct in sections.items():
         for field in msgspec.structs.fields(struct):
             name = f"TUNEGATE_{section + '_' if section else ''}{field.name}".upper()
-            if name in environ and field.name not in {"bases", "aliases", "templates", *tables}:
+            if name in environ and field.name not in {"bases", "aliases", "templates", "engines", *tables}:
                 target = raw.setdefault(section, {}) if section else raw
                 target[field.name] = _scalar(environ[name], str(field.type), name)
 
@@ -149,7 +143,7 @@ def _scalar(text: str, kind: str, name: str) -> Any:
         raise SettingsError(f"{name}={text!r} is not a number") from error
 
 
-def _complete(settings: Settings, config: Path | None) -> Settings:
+def _complete(settings: Settings, config: Path | None, environ: Mapping[str, str]) -> Settings:
     bases = dict(settings.bases) or {DEMO_MODEL: BaseSettings(path=str(DEMO_MODEL_PATH))}
     folder = config.parent if config else Path.cwd()
     data = settings.data or os.path.join(os.environ.get("XDG_DATA_HOME") or "~/.local/share", "tunegate")
@@ -173,6 +167,10 @@ def _complete(settings: Settings, config: Path | None) -> Settings:
             )
         bases[name] = msgspec.structs.replace(base, path=path, options=_plain(base.options))
     templates = {name: _complete_template(name, found, folder) for name, found in settings.templates.items()}
+    engines = [
+        complete_engine(number, engine, folder, environ) for number, engine in enumerate(settings.engines, start=1)
+    ]
+    check_engines(engines, lambda name: name in bases or added(name), set(settings.aliases))
     for alias, target in settings.aliases.items():
         if target not in bases and not added(target):
             raise SettingsError(
@@ -185,7 +183,7 @@ def _complete(settings: Settings, config: Path | None) -> Settings:
             f"host {settings.host!r} is not a loopback address, and without keys anybody on the network could use it; "
             "keep 127.0.0.1 and reach it through `ssh -L 8000:127.0.0.1:8000 THIS_MACHINE`"
         )
-    return msgspec.structs.replace(settings, bases=bases, data=data, templates=templates)
+    return msgspec.structs.replace(settings, bases=bases, data=data, templates=templates, engines=engines)
 
 
 def _complete_template(name: str, settings: TemplateSettings, folder: Path) -> TemplateSettings:

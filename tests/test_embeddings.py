@@ -22,6 +22,7 @@ from gateway.engines.client import Deadlines, Endpoint
 from gateway.errors import TunegateError
 from gateway.inference import Inference
 from gateway.routes import embeddings
+from tests.engines.parts import pool_of
 from tests.llama_worker.running import KEY, RunningWorker, running
 from tests.tiny_gguf import Shape, write_tiny_gguf
 from tests.tiny_tokenizers import sentencepiece_like
@@ -69,7 +70,9 @@ async def client(
     """
     catalog = Catalog(Deadlines(30, 30))
     for name, worker in workers.items():
-        catalog.add_base(Base(name, bundle, RunningEngine(worker), "base", 512, 1, cast(Any, None)))
+        catalog.add_base(
+            Base(name, bundle, pool_of(RunningEngine(worker), name="base"), "base", 512, 1, cast(Any, None))
+        )
     app = Starlette(routes=embeddings.routes, exception_handlers={TunegateError: tell})  # type: ignore[dict-item]
     app.state.inference = Inference(catalog, 8)
     app.state.settings = SimpleNamespace(limits=SimpleNamespace(body_bytes=1_000_000))

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
 
 from gateway.bases import PreparedBase
 from gateway.chat.bundle import Bundle
-from gateway.engines.client import Deadlines, Endpoint, EngineClient
-from gateway.engines.engine import Engine
+from gateway.engines.client import Deadlines, EngineClient
+from gateway.engines.pool import Pool
 from gateway.errors import EngineUnavailable, ModelNotFound, RequestError
-
-
-class ServingEngine(Protocol):
-    """What the catalog needs of an engine."""
-
-    @property
-    def resting(self) -> bool: ...
-    @property
-    def endpoint(self) -> Endpoint: ...
-    @property
-    def ready(self) -> bool: ...
-    @property
-    def version(self) -> dict[str, Any]: ...
-    def serves(self, engine_name: str) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +33,7 @@ class Base:
 
     name: str
     bundle: Bundle
-    engine: ServingEngine
+    engine: Pool
     engine_model: str
     context_length: int
     created_at: int
@@ -80,9 +65,7 @@ class Catalog:
 
     def add_base(self, base: Base, aliases: Iterable[str] = ()) -> None:
         """Serves a base under its name and its aliases."""
-        endpoint: Callable[[], Endpoint] = _endpoint_of(base)
-        holder = base.engine if isinstance(base.engine, Engine) else None
-        client = EngineClient(endpoint, self._deadlines, holder)
+        client = EngineClient(base.engine, self._deadlines)
         self._bases[base.name], self._clients[base.name] = base, client
         for name in (base.name, *aliases):
             self._aliases[name] = base.name
@@ -182,12 +165,3 @@ class Catalog:
     def close(self) -> None:
         for client in self._clients.values():
             client.close()
-
-
-def _endpoint_of(base: Base) -> Callable[[], Endpoint]:
-    def endpoint() -> Endpoint:
-        if not base.engine.ready:
-            raise EngineUnavailable(f"the engine of '{base.name}' is starting; try again shortly", retry_after_s=2)
-        return base.engine.endpoint
-
-    return endpoint

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from gateway.bases import PreparedBase
 from gateway.engines.client import Endpoint
 from gateway.engines.engine import Engine
-from gateway.engines.llama_launch import LLAMA_COMMAND, LlamaLaunch
+from gateway.engines.llama_launch import LLAMA_COMMAND, LlamaLaunch, greet_llama
 from gateway.engines.process import Timings, WorkerProcess
 from gateway.engines.remote import RemoteEngine
 from gateway.engines.spawn import WorkerFolder
+from gateway.engines.vllm_dialect import greet_vllm
 from gateway.engines.vllm_launch import DEFAULT_MAX_RANK, VllmLaunch
 from gateway.engines.witness import Tolerances
 from gateway.errors import SettingsError
@@ -78,26 +80,33 @@ def remote_engine(
     base: PreparedBase,
     endpoint: Endpoint,
     *,
+    kind: str = "vllm",
     served_name: str | None = None,
     path_map: Mapping[str, str] | None = None,
     max_lora_rank: int = DEFAULT_MAX_RANK,
     timings: Timings | None = None,
     tolerances: Tolerances | None = None,
 ) -> Engine:
-    """A vLLM that runs elsewhere and is only asked: ready when it answers /health and serves `served_name` (the base's
+    """An engine that runs elsewhere and is only asked: ready when it answers /health and serves `served_name` (the base's
     own name where not given), and again after its owner has restarted it, once its adapters are back.
+
+    `kind` is "vllm", or "llama" for one of our own workers on another machine.
 
     `path_map` is {a folder of ours: the same folder as the engine sees it}; DATA/adapters must be readable there.
     `max_lora_rank` is what it was started with: a vLLM does not tell.
     """
-    _hf_folder(base)
-    timings = timings or replace(VLLM_TIMINGS, backoff_max_s=10.0)
-    remote = RemoteEngine(endpoint, served_name or base.name, timings)
+    name = served_name or base.name
+    if kind == "vllm":
+        _hf_folder(base)
+        greet = partial(greet_vllm, served_name=name)
+    else:
+        greet = partial(greet_llama, base_digest=base.digest)
+    remote = RemoteEngine(endpoint, name, greet, timings or replace(VLLM_TIMINGS, backoff_max_s=10.0))
     return Engine(
         base,
         remote,
         served_name=served_name,
-        max_lora_rank=max_lora_rank,
+        max_lora_rank=max_lora_rank if kind == "vllm" else None,
         path_map=path_map,
         shared=True,
         tolerances=tolerances,

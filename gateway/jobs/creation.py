@@ -19,7 +19,6 @@ from sqlalchemy import Connection
 from gateway.chat.bundle import Bundle
 from gateway.chat.conversation import RenderError
 from gateway.engines.catalog import Base, Catalog
-from gateway.engines.engine import Engine
 from gateway.errors import RateLimited, RequestError, TunegateError
 from gateway.jobdir import BaseRef, FileRef, Hyperparameters, JobSpec
 from gateway.jobs.folder import TRAINING_FILE, VALIDATION_FILE, build_folder, remove_folder
@@ -161,7 +160,7 @@ def _find_file(connection: Connection, file_id: str, param: str, project_id: str
 
 
 def _tunable(base: Base) -> Base:
-    if not isinstance(base.engine, Engine):
+    if not base.engine.takes_adapters:
         raise RequestError(
             f"'{base.name}' is served by an engine that runs elsewhere, which cannot be given adapters yet. Tune a base "
             "without `engine_url` in the settings.",

@@ -36,6 +36,7 @@ from gateway.errors import TunegateError
 from gateway.inference import Inference
 from gateway.routes import chat
 from tests.chat.spoken import TOOLS, Reply, write_call
+from tests.engines.parts import pool_of
 from tests.tiny_tokenizers import byte_level
 
 CONTROLS = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|tool_call_start|>", "<|tool_call_end|>"]
@@ -205,7 +206,9 @@ class House:
         app.state.inference = Inference(catalog, 64)
         app.state.settings = SimpleNamespace(limits=SimpleNamespace(body_bytes=1_000_000))
         for name, engine in self.engines.items():
-            catalog.add_base(Base(str(name), engine.bundle, engine, str(name), 8192, 1, cast(Any, None)))
+            catalog.add_base(
+                Base(str(name), engine.bundle, pool_of(engine, name=str(name)), str(name), 8192, 1, cast(Any, None))
+            )
         self._server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_level="error", lifespan="off"))
         self._started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))

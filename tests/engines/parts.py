@@ -19,6 +19,7 @@ from gateway.engines.adapters import Adapter, file_digest, immutable_name, manif
 from gateway.engines.client import Endpoint
 from gateway.engines.control import EngineControl
 from gateway.engines.engine import Engine
+from gateway.engines.pool import Pool, Replica
 from gateway.engines.process import Timings
 from gateway.engines.witness import Tolerances
 from gateway.jobdir import ADAPTER_FILES, process_start_time
@@ -102,6 +103,24 @@ def write_raw_safetensors(path: Path, header: bytes, data: bytes = b"", length: 
 def as_adapter(folder: Path, name: str) -> Adapter:
     digest = manifest_digest(json.loads((folder / "manifest.json").read_bytes()))
     return Adapter(immutable_name(name, digest), folder.absolute(), "tiny", digest)
+
+
+def pool_of(*engines: Any, name: str = "tiny") -> Pool:
+    """The engines as the replicas of one base."""
+    return Pool(name, [Replica(f"{name} #{number}", engine) for number, engine in enumerate(engines, start=1)])
+
+
+class At:
+    """An engine that is ready at a port and is asked for replies alone."""
+
+    ready, state, reason = True, "ready", None
+    version: dict[str, Any] = {}  # noqa: RUF012 - never changed
+
+    def __init__(self, port: int, key: str = "secret") -> None:
+        self.endpoint = Endpoint("127.0.0.1", port, key)
+
+    def serves(self, engine_name: str) -> bool:
+        return True
 
 
 async def witnessed_adapter(engine: Engine, folder: Path, name: str, **options: Any) -> Adapter:

@@ -18,6 +18,7 @@ from gateway.engines.catalog import Base, Catalog
 from gateway.engines.client import Deadlines
 from gateway.engines.engine import Engine
 from gateway.engines.kinds import llama_engine
+from gateway.engines.pool import Pool
 from gateway.errors import EngineUnavailable
 from gateway.jobdir import JobDir
 from gateway.jobs.launcher import Launcher
@@ -36,7 +37,7 @@ from gateway.store.events import Event
 from gateway.store.jobs import Job
 from gateway.store.models import ModelRow
 from gateway.wire.fine_tuning import CreateJob, parse_create
-from tests.engines.parts import QUICK, as_adapter, write_manifest
+from tests.engines.parts import QUICK, as_adapter, pool_of, write_manifest
 from tests.jobs.fake_trainer import Plan
 from tests.tiny_tokenizers import sentencepiece_like
 
@@ -72,8 +73,9 @@ class Workshop:
         self.engine = engine or llama_engine(
             prepared, self.data_dir.engines / "tiny", max_seqs=4, threads=1, timings=QUICK
         )
+        self.pool = pool_of(self.engine)
         self.catalog.add_base(
-            Base("tiny", base_bundle(), self.engine, "tiny", self.engine.max_model_len, 1, prepared), ["gpt-4o-mini"]
+            Base("tiny", base_bundle(), self.pool, "tiny", self.engine.max_model_len, 1, prepared), ["gpt-4o-mini"]
         )
         self.engine_is_there = True
         self.supervisor = Supervisor(
@@ -86,10 +88,10 @@ class Workshop:
             Launcher((sys.executable, str(FAKE_TRAINER), str(self.plan_file))),
         )
 
-    def _engine_of(self, base: str) -> Engine:
+    def _engine_of(self, base: str) -> Pool:
         if not self.engine_is_there:
             raise EngineUnavailable(f"the base '{base}' is being prepared")
-        return self.engine
+        return self.pool
 
     def write_plan(self, plan: Plan) -> None:
         self.plan_file.write_text(json.dumps(asdict(plan)))
