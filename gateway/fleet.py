@@ -15,10 +15,10 @@ from gateway.bases import PreparedBase
 from gateway.engine_settings import EngineSettings, engines_of
 from gateway.engines.client import Endpoint
 from gateway.engines.engine import Engine
-from gateway.engines.kinds import llama_engine, remote_engine, vllm_engine
+from gateway.engines.kinds import llama_engine, remote_engine, remote_llama_engine, vllm_engine
 from gateway.engines.memory import expected_memory
 from gateway.engines.pool import Pool, Replica
-from gateway.settings import BaseSettings
+from gateway.settings import LLAMA_SEQS, BaseSettings
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,8 @@ class Fleet:
     def memory_bytes(self, name: str) -> int:
         """What the engines of a base that are spawned here are expected to take together."""
         served = self._served[name]
-        each = expected_memory(served.prepared, served.context, served.settings.max_seqs)
+        each = expected_memory(served.prepared, served.context, served.settings.max_seqs or LLAMA_SEQS)
         return each * sum(plan.url is None for plan in served.plans.values())
-
-    def kind(self, name: str) -> str:
-        """Of the engines that a base has: all are of one."""
-        return plans_of(self._engines, name)[0].entry.kind
 
     def is_spawned(self, name: str) -> bool:
         """Whether one engine of a base at least is spawned here."""
@@ -106,28 +102,33 @@ class Fleet:
             await served.pool.change(leave, come)
 
     def _make(self, served: Served, plan: Plan) -> Replica:
-        return Replica(plan.name, self._engine(served, plan), plan.entry.served_name)
+        served_name = plan.entry.served_name
+        return Replica(plan.name, self._engine(served, plan), served_name)
 
     def _engine(self, served: Served, plan: Plan) -> Engine:
         settings, prepared, entry = served.settings, served.prepared, plan.entry
         if plan.url is not None:
             parts = urlsplit(plan.url)
             endpoint = Endpoint(parts.hostname or "", parts.port or 80, entry.key or "")
-            return remote_engine(
-                prepared, endpoint, kind=entry.kind, served_name=entry.served_name, path_map=entry.paths
-            )
+            make = remote_llama_engine if entry.kind == "llama" else remote_engine
+            return make(prepared, endpoint, served_name=entry.served_name, path_map=entry.paths)
         folder = self._folder / served.pool.name
         if plan.place > 1:
-            folder /= f"@{plan.place}"  # no part of a base's name begins with @
+            folder /= f"@{plan.place}"  # no part of a base's name begins so
         if entry.kind == "vllm":
             return vllm_engine(
-                prepared, folder, python=entry.python or "", arguments=entry.args, context=settings.context_length
+                prepared,
+                folder,
+                python=entry.python or "",
+                arguments=entry.args,
+                context=settings.context_length,
+                max_seqs=settings.max_seqs,
             )
         return llama_engine(
             prepared,
             folder,
             context=served.context if prepared.kv_bytes_per_token or settings.context_length else None,
-            max_seqs=settings.max_seqs,
+            max_seqs=settings.max_seqs or LLAMA_SEQS,
             threads=settings.threads,
         )
 

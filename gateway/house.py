@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from gateway.bases import HF_TYPE, PreparedBase, prepare, read_base
+from gateway.bases import PreparedBase, prepare, read_base
 from gateway.chat.bundle import Bundle
 from gateway.engines.adapters import Adapter
 from gateway.engines.catalog import Base, Catalog, TunedModel
@@ -27,7 +27,7 @@ from gateway.inference import Inference
 from gateway.jobs.preview import Previews
 from gateway.jobs.supervisor import Supervisor
 from gateway.models import added_names, is_added
-from gateway.settings import BaseSettings, Settings
+from gateway.settings import LLAMA_SEQS, BaseSettings, Settings
 from gateway.store import models as model_statements
 from gateway.store.blobs import Blobs
 from gateway.store.database import Store
@@ -105,14 +105,14 @@ class House:
             bundle = await self._bundle(prepared.path)
             aliases = [alias for alias, target in self.settings.aliases.items() if target == name]
             whole = None if self.fleet.is_spawned(name) else prepared.context_length  # others have their own means
-            context = planned_context(prepared, settings.context_length or whole, settings.max_seqs)
+            context = planned_context(prepared, settings.context_length or whole, settings.max_seqs or LLAMA_SEQS)
             if context < prepared.context_length and settings.context_length is None:
                 logger.info(
                     "'%s' gets a context of %d of its %d tokens, so that %d replies at once fit; context_length sets another",
                     name,
                     context,
                     prepared.context_length,
-                    settings.max_seqs,
+                    settings.max_seqs or LLAMA_SEQS,
                 )
             created_at = int((prepared.path / "base.json").stat().st_mtime)
             engine = await self._make_engine(name, settings, prepared, context)
@@ -141,8 +141,9 @@ class House:
                 f"or `tunegate models remove {name}`"
             )
         recipe = self.templates.recipe(settings.template)
-        kind = HF_TYPE if self.fleet.kind(name) == "vllm" else settings.type
-        return await prepare(name, Path(settings.path), settings.template, folder, logger.info, recipe, kind=kind)
+        return await prepare(
+            name, Path(settings.path), settings.template, folder, logger.info, recipe, kind=settings.type or "q4_0"
+        )
 
     async def _make_engine(self, name: str, settings: BaseSettings, prepared: PreparedBase, context: int) -> Pool:
         engine = self.fleet.pool(name, settings, prepared, context)

@@ -17,6 +17,7 @@ import msgspec
 from gateway.engine_settings import EngineSettings, check_engines, complete_engine
 from gateway.errors import SettingsError
 
+LLAMA_SEQS = 8
 DEMO_MODEL = "tunegate-demo"
 DEMO_MODEL_PATH = Path(__file__).resolve().parent.parent / "deploy" / "demo_model"
 
@@ -30,10 +31,10 @@ class BaseSettings(Section, frozen=True):
 
     path: str | None = None  # None: it was added with `tunegate models add`
     template: str = "vicuna_v1.1"
-    type: str = "q4_0"  # of the weights that are served
+    type: str | None = None  # of the weights that are served; None: q4_0, or hf where vLLM serves it
     options: dict[str, Any] = {}  # render options, over the template's own
     context_length: int | None = None  # None: what the model's config says
-    max_seqs: int = 8  # sequences in one batch
+    max_seqs: int | None = None  # sequences in one batch; None: LLAMA_SEQS, or vLLM's own number
     threads: int | None = None  # None: all processors
     start: Literal["always", "on_demand"] | None = None  # None: always, or on demand when it was added
     idle_unload_s: float = 900.0  # of one that is started on demand; 0: never
@@ -165,7 +166,9 @@ def _complete(settings: Settings, config: Path | None, environ: Mapping[str, str
                 f"[bases.{name}] sets `template` or `type` for a model that was added, which has its own; `tunegate models "
                 f"remove {name}` and add it again with --template or --type"
             )
-        bases[name] = msgspec.structs.replace(base, path=path, options=_plain(base.options))
+        served_by_vllm = any(engine.kind == "vllm" and engine.model == name for engine in settings.engines)
+        kind = base.type or ("hf" if served_by_vllm else "q4_0")
+        bases[name] = msgspec.structs.replace(base, path=path, type=kind, options=_plain(base.options))
     templates = {name: _complete_template(name, found, folder) for name, found in settings.templates.items()}
     engines = [
         complete_engine(number, engine, folder, environ) for number, engine in enumerate(settings.engines, start=1)

@@ -18,11 +18,11 @@ from starlette.responses import JSONResponse, Response
 
 from gateway.chat.bundle import Bundle, make_bundle
 from gateway.engines.catalog import Base, Catalog
-from gateway.engines.client import Deadlines, Endpoint
+from gateway.engines.client import Deadlines
 from gateway.errors import TunegateError
 from gateway.inference import Inference
 from gateway.routes import embeddings
-from tests.engines.parts import pool_of
+from tests.engines.parts import At, pool_of
 from tests.llama_worker.running import KEY, RunningWorker, running
 from tests.tiny_gguf import Shape, write_tiny_gguf
 from tests.tiny_tokenizers import sentencepiece_like
@@ -32,16 +32,12 @@ pytestmark = pytest.mark.anyio
 TEXTS = ["The quick brown fox", "weather in Boston, café 😀", "x"]
 
 
-class RunningEngine:
+class RunningEngine(At):
     """A worker as the catalog sees an engine."""
 
     def __init__(self, worker: RunningWorker) -> None:
         self.version = worker.ready()
-        self.ready = True
-        self.endpoint = Endpoint("127.0.0.1", self.version["port"], KEY)
-
-    def serves(self, engine_name: str) -> bool:
-        return False
+        super().__init__(self.version["port"], KEY)
 
 
 @pytest.fixture(scope="module")

@@ -49,11 +49,11 @@ class Replica(Protocol):
 
     @property
     def endpoint(self) -> Endpoint: ...
-    def begin(self) -> None: ...
+    def begin(self, model: str) -> None: ...
     def answered(self) -> None: ...
     def turned_away(self) -> None: ...
     def failed(self, how: str) -> None: ...
-    def end(self) -> None: ...
+    def end(self, model: str) -> None: ...
 
 
 class Router(Protocol):
@@ -211,9 +211,9 @@ class EngineStream:
         """Sends the request to a replica, on a kept connection or a new one. Raises EngineUnavailable."""
         if replica is not self._replica:
             if self._replica is not None:
-                self._replica.end()
+                self._replica.end(self._body["model"])
             self._replica = replica
-            replica.begin()
+            replica.begin(self._body["model"])
         endpoint = replica.endpoint
         request = self._client.request(replica, endpoint, self._path, self._body)
         connection = None if self._kept else self._client.reuse(replica, endpoint)
@@ -339,7 +339,7 @@ class EngineStream:
             self._over = True
             self._timer.cancel()
             if self._replica is not None:
-                self._replica.end()
+                self._replica.end(self._body["model"])
             self._client.ended()
 
     def _wake(self) -> None:

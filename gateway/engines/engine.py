@@ -195,9 +195,7 @@ class Engine:
 
         `model` is the adapter's engine name that is asked for: it is not unloaded before the same is released.
         """
-        self.uses += 1
-        if model is not None:
-            self._replies[model] += 1
+        self.take(model)
         if self._bring is not None and not self.ready:
             try:
                 await self._bring()
@@ -205,8 +203,14 @@ class Engine:
                 self.release(model)
                 raise
 
+    def take(self, model: str | None = None) -> None:
+        """As `hold`, of one that is there."""
+        self.uses += 1
+        if model is not None:
+            self._replies[model] += 1
+
     def release(self, model: str | None = None) -> None:
-        """Ends what `hold` with the same `model` began."""
+        """Ends what `hold` or `take` with the same `model` began."""
         self.uses -= 1
         self.used_at = time.monotonic()
         if model is not None:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from gateway.bases import PreparedBase
 from gateway.engines.client import Endpoint
+from gateway.engines.control import EngineControl
 from gateway.engines.engine import Engine
-from gateway.engines.llama_launch import LLAMA_COMMAND, LlamaLaunch, greet_llama
+from gateway.engines.llama_launch import LLAMA_COMMAND, LlamaLaunch
 from gateway.engines.process import Timings, WorkerProcess
 from gateway.engines.remote import RemoteEngine
 from gateway.engines.spawn import WorkerFolder
-from gateway.engines.vllm_dialect import greet_vllm
 from gateway.engines.vllm_launch import DEFAULT_MAX_RANK, VllmLaunch
 from gateway.engines.witness import Tolerances
-from gateway.errors import SettingsError
+from gateway.errors import EngineError, SettingsError
 
 # It loads tens of gigabytes, compiles and captures graphs before it answers; and drains for a while at its end.
 VLLM_TIMINGS = Timings(start_timeout_s=1800.0, health_timeout_s=10.0, stop_grace_s=20.0)
@@ -76,37 +76,54 @@ def vllm_engine(
     return Engine(base, process, context=context, max_lora_rank=launch.max_lora_rank, tolerances=tolerances)
 
 
+def remote_llama_engine(
+    base: PreparedBase,
+    endpoint: Endpoint,
+    *,
+    served_name: str | None = None,
+    path_map: Mapping[str, str] | None = None,
+    timings: Timings | None = None,
+    tolerances: Tolerances | None = None,
+) -> Engine:
+    """A llama worker that runs elsewhere, on the same .gguf; see `remote_engine`."""
+
+    async def greet(control: EngineControl, name: str, timeout_s: float) -> dict[str, Any]:
+        version = await control.version(timeout_s)
+        await control.health(timeout_s)
+        if version.get("base_digest") not in (None, base.digest):
+            raise EngineError(f"the engine serves a base with digest {version['base_digest']}; ours is {base.digest}")
+        if name not in (known := await control.models()):
+            raise EngineError(f"the engine serves {', '.join(known)} and not '{name}'; set served_name")
+        return version
+
+    remote = RemoteEngine(endpoint, served_name or base.name, timings, greet)
+    return Engine(base, remote, served_name=served_name, path_map=path_map, shared=True, tolerances=tolerances)
+
+
 def remote_engine(
     base: PreparedBase,
     endpoint: Endpoint,
     *,
-    kind: str = "vllm",
     served_name: str | None = None,
     path_map: Mapping[str, str] | None = None,
     max_lora_rank: int = DEFAULT_MAX_RANK,
     timings: Timings | None = None,
     tolerances: Tolerances | None = None,
 ) -> Engine:
-    """An engine that runs elsewhere and is only asked: ready when it answers /health and serves `served_name` (the base's
+    """A vLLM that runs elsewhere and is only asked: ready when it answers /health and serves `served_name` (the base's
     own name where not given), and again after its owner has restarted it, once its adapters are back.
-
-    `kind` is "vllm", or "llama" for one of our own workers on another machine.
 
     `path_map` is {a folder of ours: the same folder as the engine sees it}; DATA/adapters must be readable there.
     `max_lora_rank` is what it was started with: a vLLM does not tell.
     """
-    name = served_name or base.name
-    if kind == "vllm":
-        _hf_folder(base)
-        greet = partial(greet_vllm, served_name=name)
-    else:
-        greet = partial(greet_llama, base_digest=base.digest)
-    remote = RemoteEngine(endpoint, name, greet, timings or replace(VLLM_TIMINGS, backoff_max_s=10.0))
+    _hf_folder(base)
+    timings = timings or replace(VLLM_TIMINGS, backoff_max_s=10.0)
+    remote = RemoteEngine(endpoint, served_name or base.name, timings)
     return Engine(
         base,
         remote,
         served_name=served_name,
-        max_lora_rank=max_lora_rank if kind == "vllm" else None,
+        max_lora_rank=max_lora_rank,
         path_map=path_map,
         shared=True,
         tolerances=tolerances,

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gateway.engines.spawn import WorkerFolder
-from gateway.errors import EngineError
+from gateway.engines.spawn import WorkerFailed, WorkerFolder
 
 if TYPE_CHECKING:
     from gateway.engines.control import EngineControl
@@ -58,14 +57,9 @@ class LlamaLaunch:
         return {}
 
     async def greet(self, control: EngineControl, timeout_s: float) -> dict[str, Any]:
-        return await greet_llama(control, timeout_s, base_digest=self.base_digest)
-
-
-async def greet_llama(control: EngineControl, timeout_s: float, *, base_digest: str) -> dict[str, Any]:
-    """What a llama worker says of itself; EngineError when that is not the base of this digest."""
-    version = await control.version(timeout_s)
-    await control.health(timeout_s)
-    found = version.get("base_digest")
-    if found != base_digest:
-        raise EngineError(f"serves a base with digest {found}; it should be {base_digest}")
-    return version
+        version = await control.version(timeout_s)
+        await control.health(timeout_s)
+        found = version.get("base_digest")
+        if found != self.base_digest:
+            raise WorkerFailed(f"serves a base with digest {found}; it should be {self.base_digest}")
+        return version

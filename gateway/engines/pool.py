@@ -47,7 +47,11 @@ class ReplicaEngine(Protocol):
     def reason(self) -> str | None: ...
     @property
     def version(self) -> dict[str, Any]: ...
+    @property
+    def takes_adapters(self) -> bool: ...
     def serves(self, engine_name: str) -> bool: ...
+    def take(self, model: str | None = ...) -> None: ...
+    def release(self, model: str | None = ...) -> None: ...
     def set_desired(self, adapters: Iterable[Adapter]) -> None: ...
     async def start(self) -> None: ...
     async def wait_ready(self, timeout_s: float) -> None: ...
@@ -83,10 +87,11 @@ class Replica:
         """Where it answers now. EngineUnavailable while it does not."""
         return self.engine.endpoint
 
-    def begin(self) -> None:
-        """A request is its from here to `end`."""
+    def begin(self, model: str) -> None:
+        """A request for a model is its from here to `end`: an adapter is not unloaded before."""
         self.in_flight += 1
         self.breaker.begin()
+        self.engine.take(model)
 
     def answered(self) -> None:
         """It began to answer."""
@@ -105,9 +110,11 @@ class Replica:
         if was_closed and not self.breaker.closed:
             log.warning("replica %s: failed %d times in a row; it rests", self.name, self.breaker.failures)
 
-    def end(self) -> None:
+    def end(self, model: str) -> None:
+        """Once for each `begin`."""
         self.in_flight -= 1
         self.breaker.forget()
+        self.engine.release(model)
         if self.leaving and not self.in_flight:
             self._drained.set()
 
@@ -185,7 +192,7 @@ class Pool:
     @property
     def takes_adapters(self) -> bool:
         """Whether tuned models can be brought to it."""
-        return any(getattr(replica.engine, "takes_adapters", True) for replica in self.replicas)
+        return any(replica.engine.takes_adapters for replica in self.replicas)
 
     def serves(self, engine_name: str) -> bool:
         """Whether a replica can be asked for this adapter now."""

@@ -25,7 +25,7 @@ from typing import Any
 from gateway.engines.client import Endpoint
 from gateway.engines.control import EngineControl
 from gateway.engines.handle import ProcessHandle, exit_text
-from gateway.engines.spawn import HOST, Launch, WorkerFolder
+from gateway.engines.spawn import HOST, Launch, WorkerFailed, WorkerFolder
 from gateway.errors import EngineError, EngineUnavailable
 
 log = logging.getLogger(__name__)
@@ -39,10 +39,6 @@ class State(enum.Enum):
     READY = "ready"  # it answers
     BACKOFF = "backoff"  # it failed; `reason` says how, and it will be tried again
     STOPPING = "stopping"  # stop() is at work
-
-
-class WorkerFailed(Exception):
-    """Why a worker did not become ready; caught in `_run`."""
 
 
 OnUp = Callable[[Endpoint, EngineControl, dict[str, Any]], Awaitable[None]]

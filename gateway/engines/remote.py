@@ -21,24 +21,28 @@ from typing import Any
 from gateway.engines.client import Endpoint
 from gateway.engines.control import EngineControl
 from gateway.engines.process import OnUp, State, Timings, nothing_follows
+from gateway.engines.vllm_dialect import greet_vllm
 from gateway.errors import EngineError
 
 log = logging.getLogger(__name__)
 
-Greet = Callable[[EngineControl, float], Awaitable[dict[str, Any]]]
+Greet = Callable[[EngineControl, str, float], Awaitable[dict[str, Any]]]
 
 
 class RemoteEngine:
     """What `Engine` needs of an engine that others run, from `start` to `stop`."""
 
-    def __init__(self, endpoint: Endpoint, served_name: str, greet: Greet, timings: Timings | None = None) -> None:
-        """`greet(control, timeout_s)` gives what it says of itself, or raises EngineError when it is not as it should be."""
+    def __init__(
+        self, endpoint: Endpoint, served_name: str, timings: Timings | None = None, greet: Greet = greet_vllm
+    ) -> None:
+        """`greet` is the handshake of its kind: what it says of itself, or an EngineError."""
         self.state = State.STOPPED
         self.reason: str | None = None
         self.restarts = 0  # how often it went away since `start`
         self.pid: int | None = None
-        self._endpoint, self._served_name, self._greet = endpoint, served_name, greet
+        self._endpoint, self._served_name = endpoint, served_name
         self._timings = timings or Timings()
+        self._greet = greet
         self._on_up: OnUp = nothing_follows
         self._on_change: Callable[[], None] = lambda: None
         self._expected: Callable[[], set[str]] = set
@@ -76,7 +80,7 @@ class RemoteEngine:
             self._enter(State.STARTING if failures == 0 else State.BACKOFF)
             control = EngineControl(self._endpoint)
             try:
-                version = await self._greet(control, self._timings.health_timeout_s)
+                version = await self._greet(control, self._served_name, self._timings.health_timeout_s)
                 failures = 0
                 await self._serve(control, version)
             except EngineError as error:

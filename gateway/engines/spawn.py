@@ -40,6 +40,10 @@ LOG_LIMIT_BYTES = 4 << 20
 LOG_TAIL_BYTES = 4096
 
 
+class WorkerFailed(Exception):
+    """Why a worker cannot be used as it is."""
+
+
 class Launch(Protocol):
     """How one kind of worker is started, and what it must say of itself. A running one whose `fingerprint` is equal is as
     good as a new one."""
@@ -57,8 +61,7 @@ class Launch(Protocol):
     def environment(self, key: str) -> Mapping[str, str]: ...  # over our own
 
     async def greet(self, control: EngineControl, timeout_s: float) -> dict[str, Any]:
-        """What it says of itself, `kind` and `max_model_len` among it; EngineUnavailable while it does not answer,
-        EngineError when it is not what was started."""
+        """What it says of itself, `kind` and `max_model_len` among it; WorkerFailed when it is not what was started."""
         ...
 
 

@@ -11,7 +11,7 @@ from gateway.errors import EngineError
 STRUCTURED_KINDS = ("json", "regex", "choice", "grammar", "structural_tag", "json_object")
 
 
-async def greet_vllm(control: EngineControl, timeout_s: float, *, served_name: str) -> dict[str, Any]:
+async def greet_vllm(control: EngineControl, served_name: str, timeout_s: float) -> dict[str, Any]:
     """kind, version, max_model_len, root, structured_outputs, adapters (whether they can be loaded at run time).
 
     Raises EngineUnavailable while it does not answer, EngineError when it is no vLLM or does not serve `served_name`.

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gateway
-from gateway.engines.spawn import HOST, WorkerFolder
+from gateway.engines.spawn import HOST, WorkerFailed, WorkerFolder
 from gateway.engines.vllm_dialect import greet_vllm
-from gateway.errors import EngineError, SettingsError
+from gateway.errors import SettingsError
 
 if TYPE_CHECKING:
     from gateway.engines.control import EngineControl
@@ -105,9 +105,9 @@ class VllmLaunch:
         }
 
     async def greet(self, control: EngineControl, timeout_s: float) -> dict[str, Any]:
-        version = await greet_vllm(control, timeout_s, served_name=self.served_name)
+        version = await greet_vllm(control, self.served_name, timeout_s)
         if version["root"] != str(self.model):
-            raise EngineError(f"serves {version['root']}; it should be {self.model}")
+            raise WorkerFailed(f"serves {version['root']}; it should be {self.model}")
         return version
 
 

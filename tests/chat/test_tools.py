@@ -135,6 +135,10 @@ class Engine:
     def serves(self, engine_name: str) -> bool:
         return True
 
+    def take(self, model: str | None = None) -> None: ...
+
+    def release(self, model: str | None = None) -> None: ...
+
     @property
     def prompt(self) -> str:
         return self.bundle.tokenizer.decode(self.asked[-1]["prompt"])

@@ -123,6 +123,7 @@ class At:
     """An engine that is ready at a port and is asked for replies alone."""
 
     ready, state, reason = True, "ready", None
+    takes_adapters = False
     version: dict[str, Any] = {}  # noqa: RUF012 - never changed
 
     def __init__(self, port: int, key: str = "secret") -> None:
@@ -130,6 +131,10 @@ class At:
 
     def serves(self, engine_name: str) -> bool:
         return True
+
+    def take(self, model: str | None = None) -> None: ...
+
+    def release(self, model: str | None = None) -> None: ...
 
 
 async def witnessed_adapter(engine: Engine, folder: Path, name: str, **options: Any) -> Adapter:
