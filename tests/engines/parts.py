@@ -80,6 +80,15 @@ def write_manifest(folder: Path, base_digest: str) -> None:
     (folder / "manifest.json").write_text(json.dumps({"base": {"digest": base_digest}, "files": files}))
 
 
+def write_manifest_again(folder: Path) -> None:
+    """The manifest as it was, with the files that it lists as they are now."""
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    for name, entry in manifest["files"].items():
+        entry |= {"digest": file_digest(folder / name), "size_bytes": (folder / name).stat().st_size}
+    (folder / "manifest.json").unlink()  # it may be a link to the original
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 def lora_tensors(rank: int) -> dict[str, np.ndarray[Any, Any]]:
     prefix = "base_model.model.model.layers.0.self_attn.q_proj"
     return {
