@@ -11,10 +11,12 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
 from typing import Self
+from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, start_http_server
 
 from gateway.bases import PreparedBase, prepare, read_base
 from gateway.chat.bundle import Bundle
@@ -43,6 +45,7 @@ from gateway.templates import Templates
 logger = logging.getLogger("tunegate")
 
 WATCH_S = 2.0
+METRICS_HOST = "127.0.0.1"
 
 
 class House:
@@ -66,6 +69,7 @@ class House:
         self.residents = Residents(limits.engine_memory_bytes, limits.engine_start_s)
         self.fleet = Fleet(data_dir.engines, settings.engines, self.catalog, deadlines)
         register_routing(self.registry, self.catalog)
+        self._metrics: tuple[WSGIServer, Thread] | None = None
         self._bundles: dict[str, Bundle] = {}
         self._starting: dict[str, asyncio.Task[None]] = {}
 
@@ -75,6 +79,8 @@ class House:
         await self.templates.open(self.store)
         self.supervisor = Supervisor(self.store, self.blobs, self.data_dir, self.settings, self.catalog, self.engine)
         await self.fleet.open()
+        if self.settings.metrics_port is not None:
+            self._metrics = start_http_server(self.settings.metrics_port, METRICS_HOST, self.registry)
         self.residents.start()
         for name, base in self.settings.bases.items():
             if base.path is not None:
@@ -95,6 +101,11 @@ class House:
         self.catalog.close()
         await self.residents.stop()
         await self.fleet.close()
+        if self._metrics is not None:
+            server, thread = self._metrics
+            await asyncio.to_thread(server.shutdown)
+            server.server_close()
+            await asyncio.to_thread(thread.join)
         await asyncio.to_thread(self.store.close)
 
     def starting(self) -> list[str]:

@@ -85,6 +85,7 @@ class Settings(Section, frozen=True):
 
     host: str = "127.0.0.1"
     port: int = 8000
+    metrics_port: int | None = None  # of /metrics, on loopback; None: it is not served
     data: str = ""
     organization: str = "local"
     log_level: str = "info"

@@ -129,7 +129,7 @@ class Replica(Member):
     @property
     def verified_adapters(self) -> int:
         """How many tuned models it serves."""
-        return sum(map(self.engine.serves, self.engine.adapters))
+        return sum(map(self.engine.serves, list(self.engine.adapters)))  # copied: metrics are read on another thread
 
     async def drain(self, timeout_s: float) -> bool:
         """It takes no new request; whether those that run were over in time."""
