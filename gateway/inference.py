@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,6 +156,17 @@ class Inference:
         finally:
             self.in_flight -= 1
 
+    @asynccontextmanager
+    async def passing(self) -> AsyncIterator[None]:
+        """A request that is passed on to an upstream, counted among those under way. Raises RateLimited."""
+        if self.in_flight >= self._limit:
+            raise RateLimited(f"{self._limit} requests are being answered; try again shortly", retry_after_s=1)
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+
     def prompt_text(self, model: str, prompt: str | list[int]) -> str:
         """A plain prompt as text, for `echo`."""
         return prompt if isinstance(prompt, str) else self._catalog.resolve(model).bundle.tokenizer.decode(prompt)
@@ -173,9 +185,9 @@ class Inference:
     ) -> Generation:
         if self.in_flight >= self._limit:
             raise RateLimited(f"{self._limit} requests are being answered; try again shortly", retry_after_s=1)
-        body = engine_body(served, ids, sampling, stream=stream, param=param)
+        told = self._catalog.base(served.base).engine.version
+        body = engine_body(served, ids, sampling, told, stream=stream, param=param)
         if structured is not None:
-            told = self._catalog.base(served.base).engine.version
             body["structured_outputs"] = structured_field(structured, served.base, told)
         if scored:
             body["prompt_logprobs"] = sampling.logprobs or 0

@@ -11,7 +11,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from gateway.settings import BaseSettings, EngineSettings, JobSettings, LimitSettings, Settings, TemplateSettings
+from gateway.engine_settings import EngineSettings
+from gateway.settings import BaseSettings, JobSettings, LimitSettings, Settings, TemplateSettings
 from tests.server import Server
 
 ROOT = Path(__file__).resolve().parent.parent

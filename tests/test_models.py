@@ -204,9 +204,9 @@ def test_settings_may_name_what_was_added_and_nothing_else(tmp_path: Path) -> No
     for name in ("tiny", "second"):
         add_model(tmp_path / "bases", str(write_tiny_model(tmp_path / name)), name, "alpaca", "q4_0")
     settings = load_settings(config, {}, {})
-    assert settings.engines.memory_bytes is None
-    limited = load_settings(config, {"TUNEGATE_ENGINES_MEMORY_BYTES": "5000000000"}, {})
-    assert limited.engines.memory_bytes == 5_000_000_000
+    assert settings.limits.engine_memory_bytes is None
+    limited = load_settings(config, {"TUNEGATE_LIMITS_ENGINE_MEMORY_BYTES": "5000000000"}, {})
+    assert limited.limits.engine_memory_bytes == 5_000_000_000
     assert settings.bases["tiny"].path is None and settings.aliases == {"gpt": "tiny", "other": "second"}
 
 

@@ -26,4 +26,5 @@ def expected_memory(base: PreparedBase, context: int, max_seqs: int) -> int:
     """What an engine is expected to take, in bytes: weights, keys and values, and the process itself."""
     per_token = base.kv_bytes_per_token
     kv_bytes = KV_BUDGET_BYTES if per_token is None else per_token * context * max_seqs
-    return base.gguf.stat().st_size + kv_bytes + OVERHEAD_BYTES
+    files = [base.gguf] if base.gguf else list((base.hf or base.path).glob("*.safetensors"))
+    return sum(file.stat().st_size for file in files) + kv_bytes + OVERHEAD_BYTES

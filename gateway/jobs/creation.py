@@ -19,7 +19,6 @@ from sqlalchemy import Connection
 from gateway.chat.bundle import Bundle
 from gateway.chat.conversation import RenderError
 from gateway.engines.catalog import Base, Catalog
-from gateway.engines.engine import Engine
 from gateway.errors import RateLimited, RequestError, TunegateError
 from gateway.jobdir import BaseRef, FileRef, Hyperparameters, JobSpec
 from gateway.jobs.folder import TRAINING_FILE, VALIDATION_FILE, build_folder, remove_folder
@@ -82,7 +81,7 @@ class Creation:
             job_id=job.id,
             model=job.model,
             created_at=job.created_at,
-            base=BaseRef(base.name, str(base.prepared.path), str(base.prepared.gguf), base.prepared.digest),
+            base=_base_ref(base),
             training_file=refs[TRAINING_FILE],
             validation_file=refs.get(VALIDATION_FILE),
             seed=job.seed,
@@ -120,6 +119,12 @@ class Creation:
         return job
 
 
+def _base_ref(base: Base) -> BaseRef:
+    served = base.prepared
+    gguf, hf = (None if path is None else str(path) for path in (served.gguf, served.hf))
+    return BaseRef(base.name, str(served.path), gguf, served.digest, hf)
+
+
 def bundle_for(base: Base, options: dict[str, Any]) -> Bundle:
     """The base's bundle, with a job's own options over its own. RequestError when the template does not take them. Blocks."""
     if not options:
@@ -155,7 +160,7 @@ def _find_file(connection: Connection, file_id: str, param: str, project_id: str
 
 
 def _tunable(base: Base) -> Base:
-    if not isinstance(base.engine, Engine):
+    if not base.engine.takes_adapters:
         raise RequestError(
             f"'{base.name}' is served by an engine that runs elsewhere, which cannot be given adapters yet. Tune a base "
             "without `engine_url` in the settings.",

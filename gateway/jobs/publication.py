@@ -23,7 +23,7 @@ from sqlalchemy import Connection
 from gateway.chat.bundle import TEMPLATE_FILE, TOKENIZER_FILE, Bundle
 from gateway.engines.adapters import Adapter, AdapterRejected, check_adapter, immutable_name, link_adapter
 from gateway.engines.catalog import Base, Catalog, TunedModel
-from gateway.engines.engine import Engine
+from gateway.engines.pool import Pool
 from gateway.errors import EngineError
 from gateway.jobdir import JobDir, Result
 from gateway.jobs.barrier import pass_barrier
@@ -68,7 +68,7 @@ class Publication:
     adapters_dir: Path
     organization: str
     catalog: Catalog
-    engines: Callable[[str], Engine]
+    engines: Callable[[str], Pool]
     engine_wait_s: float = ENGINE_WAIT_S
 
     async def publish(self, job: Job, folder: JobDir, result: Result, stop: asyncio.Event) -> None:

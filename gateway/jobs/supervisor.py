@@ -20,8 +20,8 @@ from sqlalchemy import Connection
 
 from gateway.engines.adapters import sweep_adapters
 from gateway.engines.catalog import Catalog
-from gateway.engines.engine import Engine
 from gateway.engines.handle import ProcessHandle, exit_text
+from gateway.engines.pool import Pool
 from gateway.errors import NotFound, StoreUnavailable
 from gateway.jobdir import LOCKED_EXIT_CODE, Check, JobDir, TrainerError
 from gateway.jobs.creation import Creation
@@ -69,7 +69,7 @@ class Supervisor:
         data_dir: DataDir,
         settings: Settings,
         catalog: Catalog,
-        engines: Callable[[str], Engine],
+        engines: Callable[[str], Pool],
         launcher: Launcher | None = None,
     ) -> None:
         """`engines` gives the engine of a base by its name, or raises EngineUnavailable."""

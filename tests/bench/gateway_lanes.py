@@ -131,7 +131,7 @@ class Run:
         config = self.scratch / "tunegate.toml"
         config.write_text(
             f'[bases.mock]\npath = "{ROOT / "deploy" / "demo_model"}"\n'
-            f'engine_url = "http://127.0.0.1:{engine_port}"\nengine_key = "bench"\n'
+            f'[[engines]]\nkind = "llama"\nmodel = "mock"\nurls = ["http://127.0.0.1:{engine_port}"]\nkey = "bench"\n'
         )
         command = [sys.executable, "-m", "gateway", "serve", "--port", str(port), "--config", str(config)]
         command += ["--data", str(self.scratch / "data")]

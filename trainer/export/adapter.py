@@ -14,7 +14,7 @@ from typing import Any
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from gateway.jobdir import ADAPTER_FILES, JobDir, JobSpec, read_json
+from gateway.jobdir import ADAPTER_FILES, ADAPTER_GGUF, JobDir, JobSpec, read_json
 from trainer.export.folder import complete_folder
 from trainer.export.lora_gguf import write_lora_gguf
 from trainer.export.tensors import Layout
@@ -23,12 +23,13 @@ FORMAT = 1
 
 
 def write_adapter(path: Path, model: PeftModel, job: JobDir, spec: JobSpec, witness: dict[str, Any]) -> None:
-    """Makes the folder `path` with exactly ADAPTER_FILES in it."""
+    """Makes the folder `path` with exactly ADAPTER_FILES in it, adapter.gguf only for a base that is served as a GGUF."""
     with complete_folder(path) as folder:
         config = write_peft_files(folder, model)
-        tensors = {name: tensor.numpy() for name, tensor in _adapter_tensors(model).items()}
-        base_config = read_json(Path(spec.base.path) / "config.json")
-        write_lora_gguf(folder / "adapter.gguf", tensors, config, Layout.from_config(base_config))
+        if spec.base.gguf is not None:
+            tensors = {name: tensor.numpy() for name, tensor in _adapter_tensors(model).items()}
+            base_config = read_json(Path(spec.base.path) / "config.json")
+            write_lora_gguf(folder / ADAPTER_GGUF, tensors, config, Layout.from_config(base_config))
         _write_json(folder / "witness.json", witness)
         (folder / "template").mkdir()
         for file in job.template.iterdir():
@@ -65,7 +66,7 @@ def _manifest(folder: Path, spec: JobSpec, config: dict[str, Any]) -> dict[str, 
         "rank": config["r"],
         "alpha": config["lora_alpha"],
         "target_modules": config["target_modules"],
-        "files": {name: _entry(folder / name) for name in ADAPTER_FILES if name != "manifest.json"},
+        "files": {name: _entry(folder / name) for name in ADAPTER_FILES if (folder / name).is_file()},
     }
 
 
