@@ -60,9 +60,17 @@ class Sampling(Protocol):
 
 
 def engine_body(
-    served: Served, ids: list[int], sampling: Sampling, told: Mapping[str, Any], *, stream: bool, param: str
+    served: Served,
+    ids: list[int],
+    sampling: Sampling,
+    told: Mapping[str, Any],
+    *,
+    stream: bool,
+    param: str,
+    cache_salt: str,
 ) -> dict[str, Any]:
-    """The body for the engine; `told` is what it says of itself, `param` the client's name of the prompt.
+    """The body for the engine; `told` is what it says of itself, `param` the client's name of the prompt, `cache_salt` the
+    caller's and never a client's.
 
     Every sampling field is said, since an engine's defaults are its own (vLLM's max_tokens is 16). Raises RequestError.
     """
@@ -93,7 +101,7 @@ def engine_body(
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
         "skip_special_tokens": False,
-        "cache_salt": served.cache_salt,
+        "cache_salt": cache_salt,
     }
     if sampling.logit_bias:
         body["logit_bias"] = sampling.logit_bias

@@ -19,6 +19,7 @@ from wsgiref.simple_server import WSGIServer
 from prometheus_client import CollectorRegistry, start_http_server
 
 from gateway.bases import PreparedBase, prepare, read_base
+from gateway.batches.runner import Runner
 from gateway.chat.bundle import Bundle
 from gateway.engines.adapters import Adapter
 from gateway.engines.catalog import Base, Catalog, TunedModel
@@ -32,7 +33,10 @@ from gateway.fleet import Fleet
 from gateway.inference import Inference
 from gateway.jobs.preview import Previews
 from gateway.jobs.supervisor import Supervisor
+from gateway.keys import Keyring
+from gateway.metering import Meter
 from gateway.models import added_names, is_added
+from gateway.responses import Responses
 from gateway.settings import LLAMA_SEQS, BaseSettings, Settings, changed_names
 from gateway.store import models as model_statements
 from gateway.store.blobs import Blobs
@@ -62,7 +66,8 @@ class House:
         limits = settings.limits
         deadlines = Deadlines(limits.first_token_s, limits.between_tokens_s)
         self.catalog = Catalog(deadlines)
-        self.inference = Inference(self.catalog, limits.requests_in_flight)
+        self.meter = Meter()
+        self.inference = Inference(self.catalog, limits.requests_in_flight, self.meter)
         self.blobs = Blobs(data_dir.blobs)
         self.templates = Templates(settings.templates, self.catalog)
         self.previews = Previews()
@@ -76,17 +81,31 @@ class House:
     async def __aenter__(self) -> Self:
         self.store = await asyncio.to_thread(Store.open, self.data_dir.database)
         await sweep_all(self.store, self.blobs)
+        self.keyring = Keyring(self.store, self.data_dir.keys_stamp)
+        await self.keyring.open()
+        self.batches = Runner(
+            self.store,
+            self.blobs,
+            self.keyring.caller_with,
+            lambda: self.inference.live,
+            lambda: not self.starting(),
+            lines_at_once=self.settings.limits.batch_lines,
+            max_line_bytes=self.settings.limits.body_bytes,
+        )
         await self.templates.open(self.store)
         self.supervisor = Supervisor(self.store, self.blobs, self.data_dir, self.settings, self.catalog, self.engine)
         await self.fleet.open()
         if self.settings.metrics_port is not None:
             self._metrics = start_http_server(self.settings.metrics_port, METRICS_HOST, self.registry)
         self.residents.start()
+        self.responses = Responses(self.store, self.inference)
         for name, base in self.settings.bases.items():
             if base.path is not None:
                 self._begin(name, base)
         self._watching = asyncio.create_task(self._watch_added(), name="added models")
+        self._metering = asyncio.create_task(self.meter.run(self.store), name="usage")
         await self.supervisor.start()
+        await self.responses.start()
         return self
 
     async def __aexit__(
@@ -96,6 +115,8 @@ class House:
         for task in starting:
             task.cancel()
         await asyncio.gather(*starting, return_exceptions=True)
+        await self.batches.stop()
+        await self.responses.stop()
         await self.supervisor.stop()
         self.templates.close()
         self.catalog.close()
@@ -106,6 +127,13 @@ class House:
             await asyncio.to_thread(server.shutdown)
             server.server_close()
             await asyncio.to_thread(thread.join)
+        await self.keyring.close()
+        self._metering.cancel()
+        await asyncio.gather(self._metering, return_exceptions=True)
+        try:
+            await self.meter.flush(self.store)
+        except TunegateError as unwritten:
+            logger.error("the last usage was not written: %s", unwritten.message)
         await asyncio.to_thread(self.store.close)
 
     def starting(self) -> list[str]:
@@ -227,7 +255,9 @@ class House:
     async def publish(self, row: ModelRow) -> None:
         """Serves a tuned model that the database has; its engine has it, or will when it is ready."""
         bundle = await self._bundle(Path(row.adapter_path) / "template")
-        self.catalog.publish(TunedModel(row.name, row.base, bundle, row.engine_name, row.created_at, row.owned_by))
+        projects = frozenset({row.project_id})
+        tuned = TunedModel(row.name, row.base, bundle, row.engine_name, row.created_at, row.owned_by, projects)
+        self.catalog.publish(tuned)
 
     async def _bundle(self, folder: Path) -> Bundle:
         """The bundle in a folder; adapters trained through the same one share it."""

@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol
 
+from gateway.access import Caller
 from gateway.chat.bundle import Bundle
 from gateway.chat.calls import CallDelta
 from gateway.chat.conversation import Message, Options, RenderError
@@ -50,13 +51,29 @@ class Delta:
     token_ids: Sequence[int] = ()  # as the engine sent them
 
 
+class Meter(Protocol):
+    """Who counts what was used; `gateway.metering`."""
+
+    def add(
+        self,
+        caller: Caller,
+        model: str,
+        kind: Literal["completions", "embeddings"],
+        prompt_tokens: int,
+        completion_tokens: int,
+        cached_tokens: int,
+    ) -> None: ...
+
+
 class Inference:
     """Renders and asks. Holds no state of a request."""
 
-    def __init__(self, catalog: Catalog, requests_in_flight: int) -> None:
+    def __init__(self, catalog: Catalog, requests_in_flight: int, meter: Meter | None = None) -> None:
         self._catalog = catalog
         self._limit = requests_in_flight
+        self._meter = meter
         self.in_flight = 0
+        self.live = 0  # of these, those that somebody waits for: no lines of batches
 
     async def chat(
         self,
@@ -64,6 +81,7 @@ class Inference:
         messages: Sequence[Message],
         sampling: Sampling,
         *,
+        caller: Caller,
         stream: bool,
         tool_use: ToolUse = NO_TOOLS,
         options: Options | None = None,
@@ -73,7 +91,7 @@ class Inference:
 
         `arguments` is what those of the one forced call are held to, where the template writes them as JSON.
         """
-        served = self._catalog.resolve(model)
+        served = self._catalog.resolve(model, caller.project_id)
         bundle = served.bundle
         if tool_use.tools and bundle.speech.tool_calls is None:
             raise RequestError(
@@ -81,14 +99,7 @@ class Inference:
                 "be read back; leave 'tools' out or ask a model whose template has one",
                 param="tools",
             )
-        tools = tool_use.tools or None
-        try:
-            prompt = render_quickly(bundle, messages, tools, options)
-            if prompt is None:
-                prompt = await asyncio.to_thread(render_prompt, bundle, messages, tools, options)
-        except RenderError as error:
-            at_tools = tools and not getattr(bundle.template, "offers_tools", False)
-            raise RequestError(f"{error}", param="tools" if at_tools else "messages") from error
+        prompt = await _rendered(bundle, messages, tool_use, options)
         begun = _begun_ids(bundle, prompt, tool_use, as_text=sampling.structured is not None)
 
         def reader() -> ReplyReader:
@@ -100,17 +111,44 @@ class Inference:
         ids = [*prompt.ids, *begun] if begun else prompt.ids
         structured = arguments if tool_use.forced and opens_json(bundle.speech) else sampling.structured
         return await self._generate(
-            served, ids, sampling, reader, stream=stream or by_text, param="messages", structured=structured
+            served,
+            ids,
+            sampling,
+            reader,
+            caller=caller,
+            stream=stream or by_text,
+            param="messages",
+            structured=structured,
         )
 
+    async def count_prompt(
+        self,
+        model: str,
+        messages: Sequence[Message],
+        *,
+        caller: Caller,
+        tool_use: ToolUse = NO_TOOLS,
+        options: Options | None = None,
+    ) -> int:
+        """How many tokens `chat` would send the engine for these messages. Raises ModelNotFound, RequestError."""
+        bundle = self._catalog.resolve(model, caller.project_id).bundle
+        return len((await _rendered(bundle, messages, tool_use, options)).ids)
+
     async def complete(
-        self, model: str, prompt: str | list[int], sampling: Sampling, *, stream: bool, score_prompt: bool = False
+        self,
+        model: str,
+        prompt: str | list[int],
+        sampling: Sampling,
+        *,
+        caller: Caller,
+        stream: bool,
+        score_prompt: bool = False,
     ) -> Generation:
         """A continuation of a text or of token ids. Raises as `chat` does.
 
         With `score_prompt` the prompt's log-probabilities come along, in one piece with the reply (`prompt_logprobs`).
         """
-        served = self._catalog.resolve(model)
+        served = self._catalog.resolve(model, caller.project_id)
         tokenizer = served.bundle.tokenizer
         if isinstance(prompt, str):
             encode = tokenizer.encode
@@ -136,40 +174,48 @@ class Inference:
             ids,
             sampling,
             reader,
+            caller=caller,
             stream=stream,
             param="prompt",
             structured=sampling.structured,
             scored=scored if score_prompt else 0,
         )
 
-    async def embed(self, model: str, inputs: Sequence[str | list[int]]) -> Embeddings:
+    async def embed(self, model: str, inputs: Sequence[str | list[int]], *, caller: Caller) -> Embeddings:
         """The vectors of texts or token ids. Raises as `chat` does; RequestError where the model makes none."""
-        served = self._catalog.resolve(model)
+        served = self._catalog.resolve(model, caller.project_id)
         told = self._catalog.base(served.base).engine.version
         if told.get("kind") == "llama" and not told.get("embedding_width"):
             raise RequestError(f"the model '{model}' makes no embeddings: its file names no pooling", param="model")
         if self.in_flight >= self._limit:
             raise RateLimited(f"{self._limit} requests are being answered; try again shortly", retry_after_s=1)
-        self.in_flight += 1
+        self._begun(caller)
         try:
-            return await embed(served, inputs)
+            made = await embed(served, inputs)
         finally:
-            self.in_flight -= 1
+            self._over(caller)
+        if caller.allowance is not None:
+            caller.allowance.owe_tokens(made.prompt_tokens)
+        if self._meter is not None:
+            self._meter.add(caller, served.name, "embeddings", made.prompt_tokens, 0, 0)
+        return made
 
     @asynccontextmanager
-    async def passing(self) -> AsyncIterator[None]:
+    async def passing(self, caller: Caller) -> AsyncIterator[None]:
         """A request that is passed on to an upstream, counted among those under way. Raises RateLimited."""
         if self.in_flight >= self._limit:
             raise RateLimited(f"{self._limit} requests are being answered; try again shortly", retry_after_s=1)
-        self.in_flight += 1
+        self._begun(caller)
         try:
             yield
         finally:
-            self.in_flight -= 1
+            self._over(caller)
 
-    def prompt_text(self, model: str, prompt: str | list[int]) -> str:
+    def prompt_text(self, model: str, prompt: str | list[int], *, caller: Caller) -> str:
         """A plain prompt as text, for `echo`."""
-        return prompt if isinstance(prompt, str) else self._catalog.resolve(model).bundle.tokenizer.decode(prompt)
+        if isinstance(prompt, str):
+            return prompt
+        return self._catalog.resolve(model, caller.project_id).bundle.tokenizer.decode(prompt)
 
     async def _generate(
         self,
@@ -178,6 +224,7 @@ class Inference:
         sampling: Sampling,
         reader: Callable[[], ReplyReader],
         *,
+        caller: Caller,
         stream: bool,
         param: str,
         structured: Structured | None,
@@ -186,24 +233,50 @@ class Inference:
         if self.in_flight >= self._limit:
             raise RateLimited(f"{self._limit} requests are being answered; try again shortly", retry_after_s=1)
         told = self._catalog.base(served.base).engine.version
-        body = engine_body(served, ids, sampling, told, stream=stream, param=param)
+        body = engine_body(served, ids, sampling, told, stream=stream, param=param, cache_salt=caller.cache_salt)
         if structured is not None:
             body["structured_outputs"] = structured_field(structured, served.base, told)
         if scored:
             body["prompt_logprobs"] = sampling.logprobs or 0
         readers = [reader() for _ in range(sampling.n)]
-        self.in_flight += 1
+        if caller.allowance is not None:
+            caller.allowance.take_tokens(len(ids))
+        self._begun(caller)
         try:
             events = await served.client.stream(body)
         except BaseException:
-            self.in_flight -= 1
+            self._over(caller)
+            if caller.allowance is not None:
+                caller.allowance.owe_tokens(-len(ids))
             raise
         return Generation(
-            self, served.bundle, events, readers, sampling, prompt_ids=ids, structured=structured, scored=scored
+            self,
+            served,
+            events,
+            readers,
+            sampling,
+            caller=caller,
+            prompt_ids=ids,
+            structured=structured,
+            scored=scored,
         )
 
-    def _ended(self) -> None:
+    def _begun(self, caller: Caller) -> None:
+        self.in_flight += 1
+        self.live += not caller.is_batch
+
+    def _over(self, caller: Caller) -> None:
         self.in_flight -= 1
+        self.live -= not caller.is_batch
+
+    def _ended(self, generation: Generation) -> None:
+        caller, completion_tokens = generation.caller, generation.completion_tokens
+        self._over(caller)
+        if caller.allowance is not None:
+            caller.allowance.owe_tokens(completion_tokens)
+        if self._meter is not None:
+            prompt_tokens, cached_tokens = generation.prompt_tokens, generation.cached_tokens
+            self._meter.add(caller, generation.model, "completions", prompt_tokens, completion_tokens, cached_tokens)
 
 
 class Generation:
@@ -212,23 +285,27 @@ class Generation:
     def __init__(
         self,
         inference: Inference,
-        bundle: Bundle,
+        served: Served,
         stream: EngineStream,
         readers: list[ReplyReader],
         sampling: Sampling,
         *,
+        caller: Caller,
         prompt_ids: list[int],
         structured: Structured | None,
         scored: int = 0,
     ) -> None:
         """`scored`: how many of the prompt's last ids have log-probabilities to come."""
+        bundle = served.bundle
         self._inference, self._bundle, self._stream, self._readers = inference, bundle, stream, readers
+        self.caller, self.model = caller, served.name
         self._open = set(range(len(readers)))
         self._stop_ids = frozenset(bundle.stop_ids)
         self._client_stops = frozenset(sampling.stop_token_ids)
         self._logprobs = sampling.logprobs
         self._structured = structured
         self._scored = scored
+        self._says_nothing = sampling.max_tokens == 0  # the engine makes one token at least
         self._live = True
         self._cut = False  # a stop string ended a choice: the engine does not know and would go on
         self.plain = all(reader.plain for reader in readers)  # text is all that can come
@@ -273,7 +350,7 @@ class Generation:
         """Ends it now, wherever it is; the engine stops within a step."""
         if self._live:
             self._live = False
-            self._inference._ended()
+            self._inference._ended(self)
             self._stream.cancel()
 
     def _read(self, frame: dict[str, Any]) -> list[Delta]:
@@ -291,9 +368,12 @@ class Generation:
         ids = choice["token_ids"] or []
         reason = choice["finish_reason"]
         reader = self._readers[index]
-        self.completion_tokens += len(ids)
+        self.completion_tokens += 0 if self._says_nothing else len(ids)
         if self._scored and not self.prompt_logprobs and choice.get("prompt_logprobs"):
             self._read_prompt_logprobs(choice["prompt_logprobs"])
+        if self._says_nothing:
+            self._open.discard(index)
+            return Delta(index, "", "length", None if self._logprobs is None else [])
         told = ids[:-1] if reason == "stop" and ids and ids[-1] in self._client_stops else ids
         if self._logprobs is None or len(ids) == 1:
             part = reader.feed(told)
@@ -346,6 +426,18 @@ class Generation:
             named = [(token_bytes(int(name.removeprefix("token_id:"))), _finite(value)) for name, value in others]
             entries.append(TokenLogprob(token_bytes(token_id), _finite(logprob), named))
         return entries
+
+
+async def _rendered(bundle: Bundle, messages: Sequence[Message], tool_use: ToolUse, options: Options | None) -> Prompt:
+    tools = tool_use.tools or None
+    try:
+        prompt = render_quickly(bundle, messages, tools, options)
+        if prompt is None:
+            prompt = await asyncio.to_thread(render_prompt, bundle, messages, tools, options)
+    except RenderError as error:
+        at_tools = tools and not getattr(bundle.template, "offers_tools", False)
+        raise RequestError(f"{error}", param="tools" if at_tools else "messages") from error
+    return prompt
 
 
 def _begun_ids(bundle: Bundle, prompt: Prompt, tool_use: ToolUse, *, as_text: bool) -> list[int]:

@@ -19,6 +19,7 @@ OURS = {"gateway", "trainer", "clients", "deploy", "tests"}
 # A room, and the rooms that it may import besides itself. `gateway` alone stands for the package's __init__ (its version).
 LEAVES: set[str] = set()
 ARROWS: dict[str, set[str]] = {
+    "gateway.access": LEAVES,
     "gateway.errors": LEAVES,
     "gateway.jobdir": LEAVES,
     "gateway.vllm_plugin": LEAVES,
@@ -33,22 +34,47 @@ ARROWS: dict[str, set[str]] = {
         "gateway.settings",
     },
     "gateway.hangup": LEAVES,
+    "gateway.logs": LEAVES,
+    "gateway.limits": {"gateway.access", "gateway.errors"},
+    "gateway.keys": {"gateway.access", "gateway.errors", "gateway.limits", "gateway.store"},
+    "gateway.metering": {"gateway.access", "gateway.errors", "gateway.store"},
+    "gateway.batches": {"gateway.access", "gateway.errors", "gateway.store"},
+    "gateway.front": {"gateway.access", "gateway.errors", "gateway.keys", "gateway.logs", "gateway.routes"},
     "gateway.llama_worker": {"gateway", "gateway.errors"},
     "gateway.bases": {"gateway", "gateway.errors", "gateway.jobdir"},
     "gateway.wire": {"gateway.chat", "gateway.errors"},
-    "gateway.store": {"gateway.errors", "gateway.jobdir"},
-    "gateway.engines": {"gateway", "gateway.bases", "gateway.chat", "gateway.errors", "gateway.jobdir"},
+    "gateway.store": {"gateway.access", "gateway.errors", "gateway.jobdir"},
+    "gateway.engines": {
+        "gateway",
+        "gateway.access",
+        "gateway.bases",
+        "gateway.chat",
+        "gateway.errors",
+        "gateway.jobdir",
+    },
     "gateway.embedding": {"gateway.engines", "gateway.errors"},
     "gateway.engine_request": {"gateway.engines", "gateway.errors"},
     "gateway.inference": {
+        "gateway.access",
         "gateway.chat",
         "gateway.embedding",
         "gateway.engine_request",
         "gateway.engines",
         "gateway.errors",
     },
+    "gateway.replies": {"gateway.inference", "gateway.wire"},
+    "gateway.responses": {
+        "gateway.access",
+        "gateway.chat",
+        "gateway.errors",
+        "gateway.inference",
+        "gateway.replies",
+        "gateway.store",
+        "gateway.wire",
+    },
     "gateway.jobs": {
         "gateway",
+        "gateway.access",
         "gateway.bases",
         "gateway.engines",
         "gateway.errors",
@@ -60,13 +86,23 @@ ARROWS: dict[str, set[str]] = {
     | {"gateway.wire"},
     "gateway.models": {"gateway", "gateway.bases", "gateway.errors", "gateway.jobdir", "gateway.store"},
     "gateway.terminal": {"gateway.bases", "gateway.errors"},
-    "gateway.routes": {"gateway.errors", "gateway.inference", "gateway.jobs", "gateway.settings", "gateway.store"}
+    "gateway.routes": {
+        "gateway.access",
+        "gateway.errors",
+        "gateway.inference",
+        "gateway.jobs",
+        "gateway.replies",
+        "gateway.responses",
+        "gateway.settings",
+        "gateway.store",
+    }
     | {"gateway.templates", "gateway.wire"},
     "trainer": {"gateway.chat", "gateway.jobdir"},
     "clients": LEAVES,
 }
 # Where every object is built and handed in: these may import any room of the gateway.
 BUILDERS = {"gateway", "gateway.app", "gateway.house", "gateway.__main__", "gateway.models_command"}
+BUILDERS |= {"gateway.keys_command", "gateway.usage_command"}
 
 # What no process that serves requests may carry.
 HEAVY = {"torch", "vllm", "llama_cpp", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate"}

@@ -260,14 +260,17 @@ async def test_an_override_reaches_a_base_under_all_its_names_but_no_tuned_model
     async with opened(tmp_path, "vicuna_v1.1", prepared) as (templates, catalog):
         catalog.publish(TunedModel("ft:tiny:x", "tiny", prepared, "ft:tiny:x@1", 1, "local"))
         await templates.register(override)
-        changed = catalog.model("tiny").bundle
+        changed = catalog.model("tiny", "default").bundle
         assert changed.digest != prepared.digest
-        assert catalog.model("alias").bundle is changed and catalog.base_for_tuning("alias").bundle is changed
-        assert catalog.model("ft:tiny:x").bundle is prepared
+        assert (
+            catalog.model("alias", "default").bundle is changed
+            and catalog.base_for_tuning("alias", "default").bundle is changed
+        )
+        assert catalog.model("ft:tiny:x", "default").bundle is prepared
     async with opened(tmp_path, "vicuna_v1.1", prepared) as (templates, catalog):
-        assert catalog.model("alias").bundle.digest == changed.digest, "after a restart too"
+        assert catalog.model("alias", "default").bundle.digest == changed.digest, "after a restart too"
         await templates.remove("vicuna_v1.1")
-        assert catalog.model("alias").bundle is catalog.base("tiny").bundle is prepared
+        assert catalog.model("alias", "default").bundle is catalog.base("tiny").bundle is prepared
 
 
 @pytest.mark.anyio
@@ -275,7 +278,7 @@ async def test_a_template_that_a_base_needs_cannot_be_deleted(tmp_path: Path) ->
     prepared = make_bundle("vicuna_v1.1", sentencepiece_like(), [2])
     async with opened(tmp_path, "mine", prepared) as (templates, catalog):
         await templates.register(parse_registration(fastchat_body("mine")))
-        assert catalog.model("tiny").bundle.template.name == "mine"
+        assert catalog.model("tiny", "default").bundle.template.name == "mine"
         with pytest.raises(RequestError, match="'tiny' is rendered through the template 'mine'"):
             await templates.remove("mine")
         assert templates.entry("mine").origin == "api"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from gateway.access import DEFAULT_PROJECT
 from gateway.bases import PreparedBase
 from gateway.chat.bundle import Bundle
 from gateway.engines.client import Deadlines, EngineClient
@@ -25,7 +26,7 @@ class Served:
     context_length: int
     created_at: int
     owned_by: str
-    cache_salt: str = "default"
+    projects: frozenset[str] | None = None  # that see it; None: every one
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class TunedModel:
     engine_name: str
     created_at: int
     owned_by: str
+    projects: frozenset[str] = frozenset({DEFAULT_PROJECT})  # that see it
 
 
 class Catalog:
@@ -123,6 +125,7 @@ class Catalog:
             base.context_length,
             model.created_at,
             model.owned_by,
+            model.projects,
         )
 
     def withdraw(self, name: str) -> None:
@@ -130,11 +133,14 @@ class Catalog:
         self._tuned.discard(name)
         self._served.pop(name, None)
 
-    def resolve(self, name: str) -> Served:
+    def show(self, name: str, projects: frozenset[str]) -> None:
+        """Lets these projects, and no other, see a tuned model from now on."""
+        if name in self._tuned:
+            self._served[name] = replace(self._served[name], projects=projects)
+
+    def resolve(self, name: str, project_id: str) -> Served:
         """What serves `name`. Raises ModelNotFound; EngineUnavailable for an adapter that its engine does not serve now."""
-        served = self._served.get(name)
-        if served is None:
-            raise self._unknown(name)
+        served = self.model(name, project_id)
         if name in self._tuned:
             engine = self._bases[served.base].engine
             if engine.ready and not engine.serves(served.engine_model):
@@ -143,16 +149,19 @@ class Catalog:
                 )
         return served
 
-    def model(self, name: str) -> Served:
-        """What is known of `name`, whether or not its engine can be asked now. Raises ModelNotFound."""
+    def model(self, name: str, project_id: str) -> Served:
+        """What is known of `name`, whether or not its engine can be asked now. Raises ModelNotFound.
+
+        What another project tuned is not there, in the very same words.
+        """
         served = self._served.get(name)
-        if served is None:
+        if served is None or (served.projects is not None and project_id not in served.projects):
             raise self._unknown(name)
         return served
 
-    def base_for_tuning(self, name: str) -> Base:
+    def base_for_tuning(self, name: str, project_id: str) -> Base:
         """The base behind a base's own name or an alias. Raises ModelNotFound, RequestError for a tuned model."""
-        if name in self._tuned:
+        if self.model(name, project_id).projects is not None:
             raise RequestError(
                 f"'{name}' is a tuned model; for now jobs start from a base: {', '.join(self._bases)}", param="model"
             )
@@ -177,9 +186,10 @@ class Catalog:
     def is_tuned(self, name: str) -> bool:
         return name in self._tuned
 
-    def models(self) -> list[Served]:
-        """All that can be asked, bases first, then by age."""
-        return sorted(self._served.values(), key=lambda served: (served.name in self._tuned, served.created_at))
+    def models(self, project_id: str) -> list[Served]:
+        """All that a project can ask, bases first, then by age."""
+        seen = (s for s in self._served.values() if s.projects is None or project_id in s.projects)
+        return sorted(seen, key=lambda served: (served.name in self._tuned, served.created_at))
 
     @property
     def bases(self) -> list[Base]:

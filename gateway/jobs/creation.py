@@ -48,10 +48,13 @@ class Creation:
     settings: JobSettings
     catalog: Catalog
 
-    async def create(self, request: CreateJob, idempotency_key: str | None, project_id: str) -> Job:
+    async def create(
+        self, request: CreateJob, idempotency_key: str | None, project_id: str, max_active: int | None = None
+    ) -> Job:
         """The new job, or the one that an earlier request with the same key made.
 
-        RequestError names what is wrong with the request; RateLimited when as many jobs wait as may.
+        RequestError names what is wrong with the request; RateLimited when as many jobs wait as may, or the project has
+        `max_active` that are not over.
         """
         if idempotency_key is not None:
             earlier = await self.store.read(
@@ -59,12 +62,12 @@ class Creation:
             )
             if earlier is not None:
                 return _same(earlier, request)
-        base = _tunable(self.catalog.base_for_tuning(request.model))
+        base = _tunable(self.catalog.base_for_tuning(request.model, project_id))
         inputs = await self.store.read(lambda connection: _find_inputs(connection, request, project_id))
         job = _new_job(request, base, idempotency_key, project_id)
         await asyncio.to_thread(self._build, job, base, inputs)
         try:
-            stored = await self.store.write(lambda connection: self._insert(connection, job, request))
+            stored = await self.store.write(lambda connection: self._insert(connection, job, request, max_active))
         except TunegateError:
             await asyncio.to_thread(remove_folder, self.jobs_dir / job.id)
             raise
@@ -100,7 +103,7 @@ class Creation:
                 param="training_file",
             ) from error
 
-    def _insert(self, connection: Connection, job: Job, request: CreateJob) -> Job:
+    def _insert(self, connection: Connection, job: Job, request: CreateJob, max_active: int | None) -> Job:
         if job.idempotency_key is not None:
             earlier = statements.select_by_idempotency_key(connection, job.project_id, job.idempotency_key)
             if earlier is not None:
@@ -112,6 +115,8 @@ class Creation:
                 "settings). Try again when one is done, or cancel one.",
                 retry_after_s=FULL_RETRY_AFTER_S,
             )
+        if max_active is not None and (active := statements.count_active(connection, job.project_id)) >= max_active:
+            raise too_many_jobs(active, max_active)
         validating = f"Validating training file: {job.training_file}"
         if job.validation_file is not None:
             validating += f" and validation file: {job.validation_file}"
@@ -123,6 +128,14 @@ def _base_ref(base: Base) -> BaseRef:
     served = base.prepared
     gguf, hf = (None if path is None else str(path) for path in (served.gguf, served.hf))
     return BaseRef(base.name, str(served.path), gguf, served.digest, hf)
+
+
+def too_many_jobs(active: int, max_active: int) -> RateLimited:
+    return RateLimited(
+        f"{active} jobs of this project are not over yet, and this key may have {max_active} at once (`--jobs` of `tunegate "
+        "keys create`; fine-tuning jobs and batches count). Try again when one is done, or cancel one.",
+        retry_after_s=FULL_RETRY_AFTER_S,
+    )
 
 
 def bundle_for(base: Base, options: dict[str, Any]) -> Bundle:

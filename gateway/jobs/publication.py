@@ -226,7 +226,8 @@ class _Candidate:
 
     def served(self) -> TunedModel:
         row = self.row
-        return TunedModel(row.name, row.base, self.bundle, row.engine_name, row.created_at, row.owned_by)
+        projects = frozenset({row.project_id})
+        return TunedModel(row.name, row.base, self.bundle, row.engine_name, row.created_at, row.owned_by, projects)
 
 
 def sweep_deleted(adapters_dir: Path, ever: set[str], now: set[str]) -> int:

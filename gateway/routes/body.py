@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.types import Receive
 
 from gateway.errors import BodyTooLarge, RequestError
+from gateway.settings import Settings
 
 
 class ClientLeft(Exception):
@@ -18,6 +19,18 @@ class ClientLeft(Exception):
 async def read_json(request: Request, limit_bytes: int) -> dict[str, Any]:
     """The body as a JSON object. Raises RequestError, BodyTooLarge."""
     return parse_json(await read_body(request.receive, limit_bytes))
+
+
+async def read_asked(receive: Receive, settings: Settings, resource: str) -> dict[str, Any]:
+    """The body of a request for a reply: without the fields that the operator lets go unread, with the default model."""
+    body = parse_json(await read_body(receive, settings.limits.body_bytes))
+    for setting in settings.ignored_fields:
+        of, _, name = setting.partition(".")
+        if of == resource:
+            body.pop(name, None)
+    if settings.default_model is not None and body.get("model") is None:
+        body["model"] = settings.default_model
+    return body
 
 
 async def read_body(receive: Receive, limit_bytes: int) -> bytes:

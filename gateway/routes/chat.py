@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any
 
+import orjson
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from gateway.inference import CallDelta, Delta, Generation, Inference, TokenLogprob
-from gateway.routes.body import parse_json, read_body
+from gateway.inference import Delta, Generation, Inference
+from gateway.replies import Reply, logprob_entries, usage_of
+from gateway.routes import caller_of
+from gateway.routes.body import read_asked
 from gateway.routes.passing import pass_on
 from gateway.routes.reply import DONE, Departure, new_id, send_events, send_json
+from gateway.routes.stored_completions import keep_completion
 from gateway.wire import chat as wire
+
+_Keep = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 class ChatCompletions:
@@ -22,14 +29,17 @@ class ChatCompletions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = scope["app"].state
         inference: Inference = state.inference
-        body = parse_json(await read_body(receive, state.settings.limits.body_bytes))
+        body = await read_asked(receive, state.settings, "chat")
+        caller = caller_of(scope)
         if (upstream := state.catalog.upstream(body.get("model"))) is not None:
-            return await pass_on(inference, upstream, "/chat/completions", body, receive, send)
+            return await pass_on(inference, upstream, "/chat/completions", body, caller, receive, send)
         request = wire.parse(body)
+        keep = None if request.kept is None else partial(keep_completion, state.store, request.kept, caller.project_id)
         generation = await inference.chat(
             request.model,
             request.messages,
             request.sampling,
+            caller=caller,
             stream=request.stream,
             tool_use=request.tools.use,
             options=request.options or None,
@@ -38,23 +48,29 @@ class ChatCompletions:
         departure = Departure(receive, generation.cancel)
         try:
             if request.stream:
-                await send_events(send, _events(request, generation))
+                await send_events(send, _events(request, generation, keep))
             else:
                 reply = await _whole(request, generation)
                 if not departure.gone:
-                    await send_json(send, reply)
+                    if keep is not None:
+                        await keep(reply)
+                    await send_json(send, orjson.dumps(reply))
         finally:
             departure.over()
             generation.cancel()
 
 
-async def _events(request: wire.ChatRequest, generation: Generation) -> AsyncIterator[bytes]:
-    write = wire.ChunkWriter(new_id("chatcmpl-"), int(time.time()), request.model, include_usage=request.include_usage)
+async def _events(request: wire.ChatRequest, generation: Generation, keep: _Keep | None) -> AsyncIterator[bytes]:
+    reply_id, created = new_id("chatcmpl-"), int(time.time())
+    write = wire.ChunkWriter(reply_id, created, request.model, include_usage=request.include_usage)
+    gathered = None if keep is None else _Gathered(request)
     spoken = None if generation.plain else _Spoken(request, write)
     started: set[int] = set()
     if request.return_token_ids:
         yield write.prompt_ids(generation.prompt_ids)
     async for deltas in generation.deltas():
+        if gathered is not None:
+            gathered.add(deltas)
         data = b""
         for delta in deltas:
             if request.return_token_ids:
@@ -67,12 +83,14 @@ async def _events(request: wire.ChatRequest, generation: Generation) -> AsyncIte
                 started.add(index)
                 data += write.role(index)
             if delta.text or delta.logprobs:
-                data += write.text(index, delta.text, _logprobs(delta))
+                data += write.text(index, delta.text, logprob_entries(delta))
             if delta.finish_reason is not None:
                 data += write.finish(index, delta.finish_reason)
         if data:
             yield data
-    yield (write.usage(_usage(generation)) if request.include_usage else b"") + DONE
+    if gathered is not None and keep is not None:
+        await keep(gathered.completion(reply_id, created, generation))  # what was told is over is stored
+    yield (write.usage(usage_of(generation)) if request.include_usage else b"") + DONE
 
 
 class _Spoken:
@@ -91,7 +109,7 @@ class _Spoken:
         if delta.reasoning:
             data += write.reasoning(index, delta.reasoning)
         if delta.text or delta.logprobs:
-            data += write.text(index, delta.text or None, _logprobs(delta))
+            data += write.text(index, delta.text or None, logprob_entries(delta))
         for call in delta.calls:
             data += self._call(index, call)
         if delta.text or delta.calls:
@@ -103,76 +121,52 @@ class _Spoken:
         return data
 
 
-async def _whole(request: wire.ChatRequest, generation: Generation) -> bytes:
-    replies = [_Reply() for _ in range(request.sampling.n)]
-    async for deltas in generation.deltas():
+class _Gathered:
+    """The replies of a request whole: for one that is not streamed, and for one that is stored."""
+
+    def __init__(self, request: wire.ChatRequest) -> None:
+        self._request = request
+        self._replies = [Reply() for _ in range(request.sampling.n)]
+
+    def add(self, deltas: list[Delta]) -> None:
         for delta in deltas:
-            replies[delta.index].add(delta)
-    wanted = request.sampling.logprobs is not None
-    choices = [
-        wire.Choice(
-            "".join(reply.text),
-            _reason(request, reply.finish_reason),
-            reply.logprobs if wanted else None,
-            "".join(reply.reasoning),
-            reply.calls,
-            reply.token_ids,
+            self._replies[delta.index].add(delta)
+
+    def completion(self, reply_id: str, created: int, generation: Generation) -> dict[str, Any]:
+        request = self._request
+        wanted = request.sampling.logprobs is not None
+        choices = [
+            wire.Choice(
+                "".join(reply.text),
+                _reason(request, reply.finish_reason),
+                reply.logprobs if wanted else None,
+                "".join(reply.reasoning),
+                reply.calls,
+                reply.token_ids,
+            )
+            for reply in self._replies
+        ]
+        prompt_ids = generation.prompt_ids if request.return_token_ids else None
+        return wire.completion(
+            reply_id,
+            created,
+            request.model,
+            choices,
+            usage_of(generation),
+            older=request.tools.older,
+            prompt_ids=prompt_ids,
         )
-        for reply in replies
-    ]
-    reply_id, created = new_id("chatcmpl-"), int(time.time())
-    usage = _usage(generation)
-    prompt_ids = generation.prompt_ids if request.return_token_ids else None
-    return wire.completion(
-        reply_id, created, request.model, choices, usage, older=request.tools.older, prompt_ids=prompt_ids
-    )
 
 
-class _Reply:
-    """The deltas of one choice, gathered."""
-
-    def __init__(self) -> None:
-        self.text: list[str] = []
-        self.reasoning: list[str] = []
-        self.calls: list[CallDelta] = []
-        self.logprobs: list[dict[str, Any]] = []
-        self.token_ids: list[int] = []
-        self.finish_reason = "stop"
-
-    def add(self, delta: Delta) -> None:
-        self.text.append(delta.text)
-        self.reasoning.append(delta.reasoning)
-        for call in delta.calls:
-            if call.name is not None:
-                self.calls.append(call)
-            else:
-                self.calls[-1].arguments += call.arguments
-        self.logprobs += _logprobs(delta) or []
-        self.token_ids += delta.token_ids
-        self.finish_reason = delta.finish_reason or self.finish_reason
+async def _whole(request: wire.ChatRequest, generation: Generation) -> dict[str, Any]:
+    gathered = _Gathered(request)
+    async for deltas in generation.deltas():
+        gathered.add(deltas)
+    return gathered.completion(new_id("chatcmpl-"), int(time.time()), generation)
 
 
 def _reason(request: wire.ChatRequest, reason: str) -> str:
     return request.tools.finish_reason if reason == "tool_calls" else reason
-
-
-def _usage(generation: Generation) -> wire.Usage:
-    return wire.Usage(
-        generation.prompt_tokens,
-        generation.completion_tokens,
-        generation.cached_tokens,
-        generation.reasoning_tokens,
-    )
-
-
-def _logprobs(delta: Delta) -> list[dict[str, Any]] | None:
-    if delta.logprobs is None:
-        return None
-    return [_entry(token) for token in delta.logprobs]
-
-
-def _entry(token: TokenLogprob) -> dict[str, Any]:
-    return wire.token_logprob(token.token, token.logprob, token.top)
 
 
 routes = [Route("/v1/chat/completions", ChatCompletions(), methods=["POST"])]

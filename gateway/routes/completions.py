@@ -12,9 +12,11 @@ from dataclasses import replace
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from gateway.access import Caller
 from gateway.errors import RequestError
 from gateway.inference import Delta, Generation, Inference, TokenLogprob
-from gateway.routes.body import parse_json, read_body
+from gateway.routes import caller_of
+from gateway.routes.body import read_asked
 from gateway.routes.passing import pass_on
 from gateway.routes.reply import DONE, Departure, new_id, send_events, send_json
 from gateway.wire import completions as wire
@@ -27,9 +29,10 @@ class Completions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = scope["app"].state
         inference: Inference = state.inference
-        asked = parse_json(await read_body(receive, state.settings.limits.body_bytes))
+        asked = await read_asked(receive, state.settings, "completions")
+        caller = caller_of(scope)
         if (upstream := state.catalog.upstream(asked.get("model"))) is not None:
-            return await pass_on(inference, upstream, "/completions", asked, receive, send)
+            return await pass_on(inference, upstream, "/completions", asked, caller, receive, send)
         request = wire.parse(asked)
         generations: list[Generation] = []
 
@@ -39,8 +42,11 @@ class Completions:
 
         try:
             for prompt in request.prompts:
-                generations.append(await _ask(inference, request, prompt))
-            echoes = [inference.prompt_text(request.model, p) if request.echo else "" for p in request.prompts]
+                generations.append(await _ask(inference, request, prompt, caller))
+            echoes = [
+                inference.prompt_text(request.model, prompt, caller=caller) if request.echo else ""
+                for prompt in request.prompts
+            ]
             departure = Departure(receive, cancel)
             try:
                 if request.stream:
@@ -60,11 +66,15 @@ class Completions:
             cancel()
 
 
-async def _ask(inference: Inference, request: wire.CompletionRequest, prompt: str | list[int]) -> Generation:
+async def _ask(
+    inference: Inference, request: wire.CompletionRequest, prompt: str | list[int], caller: Caller
+) -> Generation:
     sampling, scored = request.sampling, request.echo and request.sampling.logprobs is not None
     if request.best_of > sampling.n:
         sampling = replace(sampling, n=request.best_of, logprobs=sampling.logprobs or 0)  # the best is told by them
-    return await inference.complete(request.model, prompt, sampling, stream=request.stream, score_prompt=scored)
+    return await inference.complete(
+        request.model, prompt, sampling, caller=caller, stream=request.stream, score_prompt=scored
+    )
 
 
 async def _events(
@@ -118,8 +128,7 @@ class _Progress:
 
     def show(self, number: int, delta: Delta) -> wire.TextChoice:
         index = number * self._request.best_of + delta.index
-        nothing_made = self._request.sampling.max_tokens == 0  # the engine makes one token at least
-        text, made = ("", None) if nothing_made else (delta.text, delta.logprobs)
+        text, made = delta.text, delta.logprobs
         entries: list[wire.ScoredToken] = []
         scribe = self._scribes.get(index)
         if scribe is None:
@@ -130,8 +139,9 @@ class _Progress:
         sum_before, count = self._sums.get(index, (0.0, 0))
         told = made or []
         self._sums[index] = sum_before + sum(token.logprob for token in told), count + len(told)
-        reason = "length" if nothing_made and delta.finish_reason else delta.finish_reason
-        return wire.TextChoice(index, text, reason, entries if self._request.sampling.logprobs is not None else None)
+        return wire.TextChoice(
+            index, text, delta.finish_reason, entries if self._request.sampling.logprobs is not None else None
+        )
 
     def mean_logprob(self, index: int) -> float:
         """Of the tokens that a choice made; of one that made none, the least there is."""
@@ -200,10 +210,9 @@ async def _merge(generations: list[Generation], shown: _Progress) -> AsyncIterat
 
 
 def _usage(request: wire.CompletionRequest, generations: list[Generation]) -> Usage:
-    made = 0 if request.sampling.max_tokens == 0 else sum(generation.completion_tokens for generation in generations)
     return Usage(
         sum(generation.prompt_tokens for generation in generations),
-        made,
+        sum(generation.completion_tokens for generation in generations),
         sum(generation.cached_tokens for generation in generations),
     )
 

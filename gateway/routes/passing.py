@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from starlette.types import Receive, Send
 
+from gateway.access import Caller
 from gateway.errors import TunegateError
 from gateway.inference import Inference
 from gateway.routes.reply import Departure
@@ -21,11 +22,17 @@ logger = logging.getLogger("tunegate.reply")
 
 
 async def pass_on(
-    inference: Inference, upstream: Upstream, path: str, body: dict[str, Any], receive: Receive, send: Send
+    inference: Inference,
+    upstream: Upstream,
+    path: str,
+    body: dict[str, Any],
+    caller: Caller,
+    receive: Receive,
+    send: Send,
 ) -> None:
     """Answers a request by asking the upstream; when the client leaves, the upstream's connection is closed at once."""
     asked = wire.check(path, body)
-    passing = asyncio.ensure_future(_pass_on(inference, upstream, path, asked, send))
+    passing = asyncio.ensure_future(_pass_on(inference, upstream, path, asked, caller, send))
     departure = Departure(receive, passing.cancel)  # type: ignore[arg-type]
     try:
         await passing
@@ -37,8 +44,10 @@ async def pass_on(
         departure.over()
 
 
-async def _pass_on(inference: Inference, upstream: Upstream, path: str, body: dict[str, Any], send: Send) -> None:
-    async with inference.passing():
+async def _pass_on(
+    inference: Inference, upstream: Upstream, path: str, body: dict[str, Any], caller: Caller, send: Send
+) -> None:
+    async with inference.passing(caller):
         reply = await upstream.ask(path, body)
         try:
             await send({"type": "http.response.start", "status": reply.status, "headers": reply.headers})

@@ -23,7 +23,7 @@ async def preview_training(request: Request) -> Response:
     """The model must be a base or an alias of one, as for a job; nothing is stored."""
     state = request.app.state
     asked = wire.parse_preview(await read_json(request, state.settings.limits.body_bytes))
-    base = state.catalog.base_for_tuning(asked.model)
+    base = state.catalog.base_for_tuning(asked.model, project_of(request))
     source = asked.content if asked.content is not None else await _stored(request, asked.training_file or "")
     bundle = await asyncio.to_thread(bundle_for, base, asked.rendering.chat_template_kwargs)
     found = await state.previews.run(source, bundle, base.context_length, asked.limit, asked.rendering.turns)

@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from gateway.errors import RequestError
+from gateway.routes import project_of
 from gateway.routes.body import parse_json, read_body, read_json
 from gateway.templates import Entry, Templates, source_version
 from gateway.wire import templates as wire
@@ -56,7 +57,7 @@ async def show_conversation_template(request: Request) -> Response:
                 f"say which model: ?model=NAME; the bases are {', '.join(bases) or 'not ready'}", param="model"
             )
         name = bases[0]
-    bundle = state.catalog.model(name).bundle
+    bundle = state.catalog.model(name, project_of(request)).bundle
     template, source = bundle.template, bundle.template.source()
     version = source_version(template.kind, source)
     return JSONResponse(

@@ -11,8 +11,8 @@ from sqlalchemy import Connection, RowMapping, delete, func, insert, select
 
 from gateway.store.ids import new_id
 from gateway.store.pages import Order, Page, select_page
-from gateway.store.tables import DEFAULT_PROJECT
 from gateway.store.tables import events as _events
+from gateway.store.tables import jobs as _jobs
 
 Level = Literal["info", "warn", "error"]
 
@@ -41,9 +41,9 @@ class NewEvent:
 
 
 def insert_events(
-    connection: Connection, job_id: str, events: Iterable[NewEvent], project_id: str = DEFAULT_PROJECT
+    connection: Connection, job_id: str, events: Iterable[NewEvent], project_id: str | None = None
 ) -> None:
-    """Appends events; one whose `source_key` is there already is left out.
+    """Appends events of the job's project; one whose `source_key` is there already is left out.
 
     Lists are by time, so an event is never older than the one before it, though a clock may jump back.
     """
@@ -53,6 +53,8 @@ def insert_events(
         set(connection.scalars(select(_events.c.source_key).where(_events.c.source_key.in_(keys)))) if keys else set()
     )
     at_s = connection.scalar(select(func.max(_events.c.created_at)).where(_events.c.job_id == job_id)) or 0
+    if project_id is None:
+        project_id = connection.scalar(select(_jobs.c.project_id).where(_jobs.c.id == job_id))
     rows = []
     for event in added:
         if event.source_key is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from sqlalchemy import (
     JSON,
     BigInteger,
+    Boolean,
     Column,
     ForeignKey,
     Index,
@@ -20,7 +21,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-DEFAULT_PROJECT = "default"
+from gateway.access import DEFAULT_PROJECT as DEFAULT_PROJECT
 
 metadata = MetaData(
     naming_convention={
@@ -162,5 +163,231 @@ templates = Table(
     Column("source", Json, nullable=False),  # all that is needed to make the template again
     UniqueConstraint("project_id", "name"),
     Index("ix_templates_listed", "project_id", "created_at", "seq"),
+    sqlite_autoincrement=True,
+)
+
+keys = Table(
+    "keys",
+    metadata,
+    _seq(),
+    Column("id", Text, nullable=False, unique=True),  # "key_…"
+    _project(),
+    Column("created_at", BigInteger, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("digest", Text, nullable=False, unique=True),  # hexadecimal sha256 of the key
+    Column("scopes", Json, nullable=False),
+    Column("limits", Json, nullable=False),  # the fields of access.Limits that are set
+    Column("revoked_at", BigInteger),
+    sqlite_autoincrement=True,
+)
+
+usage = Table(
+    "usage",
+    metadata,
+    _seq(),
+    Column("minute", BigInteger, nullable=False),  # its first second
+    _project(),
+    Column("key_id", Text, nullable=False),  # empty: no key was needed
+    Column("model", Text, nullable=False),
+    Column("kind", Text, nullable=False),  # completions | embeddings
+    Column("is_batch", Boolean, nullable=False),
+    Column("requests", BigInteger, nullable=False),
+    Column("input_tokens", BigInteger, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
+    Column("cached_tokens", BigInteger, nullable=False),
+    UniqueConstraint("minute", "project_id", "key_id", "model", "kind", "is_batch", name="uq_usage_slot"),
+    sqlite_autoincrement=True,
+)
+
+uploads = Table(
+    "uploads",
+    metadata,
+    _seq(),
+    Column("id", Text, nullable=False, unique=True),  # "upload_…"
+    _project(),
+    Column("created_at", BigInteger, nullable=False),
+    Column("filename", Text, nullable=False),
+    Column("purpose", Text, nullable=False),
+    Column("mime_type", Text, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("status", Text, nullable=False, index=True),  # pending | completed | cancelled | expired
+    Column("expires_at", BigInteger, nullable=False),
+    Column("expires_after_s", BigInteger),  # of the file that it becomes
+    Column("file_id", Text),
+    sqlite_autoincrement=True,
+)
+
+upload_parts = Table(
+    "upload_parts",
+    metadata,
+    _seq(),
+    Column("id", Text, nullable=False, unique=True),  # "part_…"
+    _project(),
+    Column("upload_id", Text, ForeignKey("uploads.id", ondelete="CASCADE"), nullable=False, index=True),
+    Column("created_at", BigInteger, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("digest", Text, nullable=False, index=True),  # of the blob
+    sqlite_autoincrement=True,
+)
+
+batches = Table(
+    "batches",
+    metadata,
+    _seq(),
+    Column("id", Text, nullable=False, unique=True),  # "batch_…"
+    _project(),
+    Column("created_at", BigInteger, nullable=False),
+    Column("endpoint", Text, nullable=False),
+    Column("input_file_id", Text, nullable=False),
+    Column("input_digest", Text, nullable=False, index=True),  # of the blob, which is kept until the batch is over
+    Column("completion_window", Text, nullable=False),
+    Column("expires_at", BigInteger, nullable=False),
+    Column("key_id", Text),  # on whose behalf; NULL: no key was needed
+    Column("metadata", Json),
+    Column("output_expires_after_s", BigInteger),
+    Column("status", Text, nullable=False, index=True),
+    Column("times", Json),  # state → when it was entered
+    Column("errors", Json),
+    Column("n_total", Integer, nullable=False),
+    Column("n_completed", Integer, nullable=False),
+    Column("n_failed", Integer, nullable=False),
+    Column("usage", Json),
+    Column("model", Text),
+    Column("output_file_id", Text),
+    Column("error_file_id", Text),
+    Index("ix_batches_listed", "project_id", "created_at", "seq"),
+    sqlite_autoincrement=True,
+)
+
+# Until a batch is over: then they are its files.
+batch_lines = Table(
+    "batch_lines",
+    metadata,
+    _seq(),
+    _project(),
+    Column("batch_id", Text, ForeignKey("batches.id", ondelete="CASCADE"), nullable=False),
+    Column("number", Integer, nullable=False),  # of the input's line, from 1
+    Column("failed", Boolean, nullable=False),
+    Column("text", Text, nullable=False),
+    UniqueConstraint("batch_id", "number"),
+    sqlite_autoincrement=True,
+)
+
+idempotency = Table(
+    "idempotency",
+    metadata,
+    _seq(),
+    _project(),
+    Column("key", Text, nullable=False),
+    Column("fingerprint", Text, nullable=False),
+    Column("object_id", Text, nullable=False),
+    Column("created_at", BigInteger, nullable=False, index=True),
+    UniqueConstraint("project_id", "key"),
+    sqlite_autoincrement=True,
+)
+
+permissions = Table(
+    "permissions",
+    metadata,
+    _seq(),
+    Column("id", Text, nullable=False, unique=True),  # "cp_…"
+    Column("created_at", BigInteger, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("project_id", Text, nullable=False),  # that may see it, beside its own
+    Column("deleted_at", BigInteger),
+    Index("ix_permissions_listed", "model", "created_at", "seq"),
+    sqlite_autoincrement=True,
+)
+
+# Chat completions that were asked for with "store": true.
+completions = Table(
+    "completions",
+    metadata,
+    _seq(),
+    Column("id", Text, nullable=False, unique=True),  # "chatcmpl-…"
+    _project(),
+    Column("created_at", BigInteger, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("metadata", Json),
+    Column("messages", Json, nullable=False),  # as they were sent
+    Column("body", Json, nullable=False),  # the chat.completion, and how it was sampled
+    Column("deleted_at", BigInteger),
+    Index("ix_completions_listed", "project_id", "created_at", "seq"),
+    sqlite_autoincrement=True,
+)
+
+# A deleted response keeps its row, without what was said, so that a chain that leads through it can be told of.
+responses = Table(
+    "responses",
+    metadata,
+    _seq(),
+    Column("id", Text, nullable=False, unique=True),  # "resp_…"
+    _project(),
+    Column("created_at", BigInteger, nullable=False),
+    Column("previous_response_id", Text),
+    Column("status", Text, nullable=False, index=True),
+    Column("background", Boolean, nullable=False),
+    Column("request", Json, nullable=False),  # the body, for one in the background that a restart interrupts
+    Column("items", Json, nullable=False),  # what came in with it, each with an id
+    Column("body", Json, nullable=False),  # the response
+    Column("deleted_at", BigInteger),
+    Index("ix_responses_listed", "project_id", "created_at", "seq"),
+    Index("ix_responses_created_at", "created_at"),
+    sqlite_autoincrement=True,
+)
+
+evals = Table(
+    "evals",
+    metadata,
+    _seq(),
+    Column("id", Text, nullable=False, unique=True),  # "eval_…"
+    _project(),
+    Column("created_at", BigInteger, nullable=False),
+    Column("updated_at", BigInteger, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("data_source_config", Json, nullable=False),
+    Column("testing_criteria", Json, nullable=False),
+    Column("metadata", Json),
+    Column("deleted_at", BigInteger),
+    Index("ix_evals_listed", "project_id", "created_at", "seq"),
+    sqlite_autoincrement=True,
+)
+
+eval_runs = Table(
+    "eval_runs",
+    metadata,
+    _seq(),
+    Column("id", Text, nullable=False, unique=True),  # "evalrun_…"
+    _project(),
+    Column("created_at", BigInteger, nullable=False),
+    Column("eval_id", Text, ForeignKey("evals.id", ondelete="CASCADE"), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("data_source", Json, nullable=False),
+    Column("metadata", Json),
+    Column("status", Text, nullable=False, index=True),  # queued | in_progress | completed | canceled | failed
+    Column("error", Json),
+    Column("n_items", Integer),  # NULL until its data were read
+    Column("deleted_at", BigInteger),
+    Index("ix_eval_runs_listed", "eval_id", "created_at", "seq"),
+    sqlite_autoincrement=True,
+)
+
+eval_items = Table(
+    "eval_items",
+    metadata,
+    _seq(),
+    Column("id", Text, nullable=False, unique=True),  # "outputitem_…"
+    _project(),
+    Column("created_at", BigInteger, nullable=False),
+    Column("run_id", Text, ForeignKey("eval_runs.id", ondelete="CASCADE"), nullable=False),
+    Column("number", Integer, nullable=False),  # its line in the data
+    Column("status", Text, nullable=False),  # pass | fail | error
+    Column("item", Json, nullable=False),
+    Column("sample", Json, nullable=False),
+    Column("results", Json, nullable=False),
+    Column("usage", Json, nullable=False),  # by model, the graders' too
+    UniqueConstraint("run_id", "number"),
+    Index("ix_eval_items_listed", "run_id", "created_at", "seq"),
     sqlite_autoincrement=True,
 )

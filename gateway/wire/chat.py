@@ -15,13 +15,15 @@ from gateway.wire import fields
 from gateway.wire.fields import Body, show
 from gateway.wire.messages import parse_messages
 from gateway.wire.sampling import SAMPLING_FIELDS, Sampling, parse_sampling, parse_stream
-from gateway.wire.template_options import template_options
+from gateway.wire.stored_completions import stored_request
+from gateway.wire.template_options import effort_options, template_options
 from gateway.wire.tools import TOOL_FIELDS, ToolRequest, parse_tools
 
-# Hints and bookkeeping that change no answer here: taken and left alone.
+# Hints and bookkeeping that change no answer here: taken and left alone. `audio` says how speech is to sound, and text is
+# all there is: other `modalities` are refused.
 _IGNORED = frozenset(
     "metadata user store service_tier safety_identifier prompt_cache_key prompt_cache_options prompt_cache_retention "
-    "verbosity prediction moderation".split()
+    "verbosity prediction moderation audio".split()
 )
 _READ = frozenset(
     "messages max_tokens max_completion_tokens logprobs top_logprobs response_format modalities reasoning_effort "
@@ -29,11 +31,9 @@ _READ = frozenset(
 )
 # What would change the answer and cannot be done yet: refused by name unless empty.
 _REFUSED = {
-    "audio": "audio output is not supported",
     "web_search_options": "web search is not supported",
 }
 _KNOWN = SAMPLING_FIELDS | TOOL_FIELDS | _IGNORED | _READ | _REFUSED.keys()
-_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,7 @@ class ChatRequest:
     tools: ToolRequest
     options: dict[str, Any]  # for the template, by its own names
     return_token_ids: bool = False  # vLLM's extension: show what was sent to the engine and what it sent
+    kept: dict[str, Any] | None = None  # what is stored beside the completion, where "store" asks for it
 
 
 def parse(body: Body) -> ChatRequest:
@@ -55,8 +56,8 @@ def parse(body: Body) -> ChatRequest:
     fields.refuse_unknown(body, _KNOWN)
     model = fields.required_string(body, "model", 1000)
     _refuse_unsupported(body)
-    most = fields.integer(body, "max_completion_tokens", 1, 2**31)
-    older = fields.integer(body, "max_tokens", 1, 2**31)
+    most = fields.integer(body, "max_completion_tokens", 0, 2**31)  # 0: the prompt is read, and nothing is said
+    older = fields.integer(body, "max_tokens", 0, 2**31)
     stream, include_usage = parse_stream(body)
     sampling = parse_sampling(body, max_tokens=most if most is not None else older, logprobs=_logprobs(body))
     tools = parse_tools(body)
@@ -69,7 +70,8 @@ def parse(body: Body) -> ChatRequest:
         )
     messages, options = parse_messages(body), _options(body)
     token_ids = bool(fields.boolean(body, "return_token_ids"))
-    return ChatRequest(model, messages, sampling, stream, include_usage, tools, options, token_ids)
+    kept = stored_request(body) if fields.boolean(body, "store") else None
+    return ChatRequest(model, messages, sampling, stream, include_usage, tools, options, token_ids, kept)
 
 
 def _refuse_unsupported(body: Body) -> None:
@@ -83,18 +85,8 @@ def _refuse_unsupported(body: Body) -> None:
 
 def _options(body: Body) -> dict[str, Any]:
     """`reasoning_effort`, and vLLM's `chat_template_kwargs`: variables of a template, such as enable_thinking."""
-    effort, options = (
-        body.get("reasoning_effort"),
-        template_options(body.get("chat_template_kwargs"), "chat_template_kwargs"),
-    )
-    if effort is not None and effort not in _EFFORTS:
-        raise RequestError(
-            f"'reasoning_effort' must be one of {', '.join(_EFFORTS)}, not {show(effort)}", param="reasoning_effort"
-        )
-    read = {} if effort is None else {"reasoning_effort": effort}
-    if effort == "none":
-        read["enable_thinking"] = False
-    return read | options
+    effort = effort_options(body.get("reasoning_effort"), "reasoning_effort")
+    return effort | template_options(body.get("chat_template_kwargs"), "chat_template_kwargs")
 
 
 def _logprobs(body: Body) -> int | None:
@@ -150,7 +142,7 @@ def completion(
     *,
     older: bool = False,
     prompt_ids: Sequence[int] | None = None,
-) -> bytes:
+) -> dict[str, Any]:
     """The `chat.completion` object. `older`: a call is told as `function_call`. With `prompt_ids` all ids are shown."""
     shown: list[dict[str, Any]] = [
         {
@@ -175,7 +167,7 @@ def completion(
         body["prompt_token_ids"] = prompt_ids
         for choice, whole in zip(shown, choices, strict=True):
             choice["token_ids"] = whole.token_ids
-    return orjson.dumps(body)
+    return body
 
 
 def _reply(choice: Choice, *, older: bool) -> dict[str, Any]:

@@ -54,8 +54,8 @@ def parse(body: Body) -> CompletionRequest:
 
 
 def _best_of(body: Body, n: int, *, stream: bool) -> int:
-    best_of = fields.integer(body, "best_of", 1, 128)
-    if best_of is None or best_of == n:
+    best_of = fields.integer(body, "best_of", 0, 128)
+    if not best_of or best_of == n:
         return n
     if best_of < n:
         raise RequestError(f"'best_of' must be at least 'n' ({n}), not {best_of}", param="best_of")

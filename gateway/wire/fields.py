@@ -120,6 +120,8 @@ def logit_bias(body: Body) -> dict[str, float]:
         raise RequestError("'logit_bias' must be an object of at most 1024 token ids", param="logit_bias")
     read: dict[str, float] = {}
     for key, bias in value.items():
+        if type(bias) is int and bias == 0:
+            continue  # it changes nothing, whatever it is of
         if not (key.isascii() and key.isdigit() and len(key) < 10):
             raise RequestError(f"'logit_bias' has the key {show(key)}, which is no token id", param="logit_bias")
         if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:

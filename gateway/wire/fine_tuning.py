@@ -6,13 +6,13 @@ The one rule: what a client asked for is either done or refused by name (`param`
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from gateway.errors import RequestError
 from gateway.wire.fields import show
+from gateway.wire.metadata import parse_metadata, parse_metadata_filter
 from gateway.wire.template_options import template_options
 
 if TYPE_CHECKING:
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**31 - 1
 MAX_SUFFIX_CHARS = 64
-MAX_METADATA_PAIRS = 16
-MAX_METADATA_KEY_CHARS = 64
-MAX_METADATA_VALUE_CHARS = 512
 MAX_INTEGRATIONS = 5
 MAX_IDEMPOTENCY_KEY_CHARS = 255
 
@@ -42,8 +39,6 @@ CREATE_FIELDS = (
     "tunegate",
 )
 HYPERPARAMETERS = ("n_epochs", "batch_size", "learning_rate_multiplier")
-
-_METADATA_FILTER = re.compile(r"metadata\[(.*)\]", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -91,7 +86,7 @@ def parse_create(body: Mapping[str, Any]) -> CreateJob:
         suffix=_suffix(body.get("suffix")),
         seed=_seed(body.get("seed")),
         hyperparameters=_method_hyperparameters(body.get("method"), body.get("hyperparameters")),
-        metadata=_metadata(body.get("metadata")),
+        metadata=parse_metadata(body.get("metadata")),
         rendering=parse_rendering(body.get("tunegate")),
     )
 
@@ -122,17 +117,7 @@ def parse_idempotency_key(value: str | None) -> str | None:
 
 def parse_list_filter(query: Mapping[str, str]) -> ListJobs:
     """The filter written as `metadata[k]=v`, or as `metadata=null`."""
-    pairs = {m[1]: v for k, v in query.items() if (m := _METADATA_FILTER.fullmatch(k))}
-    bare = query.get("metadata")
-    if bare is not None:
-        if bare not in ("null", "") or pairs:
-            raise RequestError(
-                f"metadata={show(bare)} is not a filter: write metadata[key]=value, or metadata=null for jobs "
-                "without metadata.",
-                param="metadata",
-            )
-        return ListJobs(metadata="none")
-    return ListJobs(metadata=_metadata(pairs) if pairs else None)
+    return ListJobs(parse_metadata_filter(query, "jobs"))
 
 
 def job_object(job: Job, organization: str) -> dict[str, Any]:
@@ -281,31 +266,6 @@ def _suffix(value: Any) -> str | None:
             param="suffix",
         )
     return value
-
-
-def _metadata(value: Any) -> dict[str, str] | None:
-    if value is None:
-        return None
-    if not isinstance(value, dict):
-        raise RequestError(
-            f"metadata is {_kind(value)}; it must be an object of strings like {{'team': 'a'}}.", param="metadata"
-        )
-    if len(value) > MAX_METADATA_PAIRS:
-        raise RequestError(
-            f"metadata has {len(value)} pairs; at most {MAX_METADATA_PAIRS} are taken.", param="metadata"
-        )
-    for key, text in value.items():
-        if not 1 <= len(key) <= MAX_METADATA_KEY_CHARS:
-            raise RequestError(
-                f"The metadata key {show(key)} has {len(key)} characters; it must have 1 to {MAX_METADATA_KEY_CHARS}.",
-                param="metadata",
-            )
-        if not isinstance(text, str) or len(text) > MAX_METADATA_VALUE_CHARS:
-            raise RequestError(
-                f"metadata.{key} is {show(text)}; it must be a string of at most {MAX_METADATA_VALUE_CHARS} characters.",
-                param=f"metadata.{key}",
-            )
-    return dict(value)
 
 
 def _refuse_integrations(value: Any) -> None:

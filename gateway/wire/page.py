@@ -35,6 +35,15 @@ def parse_page(
     )
 
 
+def slice_page(items: Sequence[Mapping[str, Any]], query: PageQuery) -> tuple[list[Mapping[str, Any]], bool]:
+    """The page of a list that is at hand, oldest first, and whether there is more."""
+    ordered = list(items) if query.order == "asc" else list(reversed(items))
+    if query.after is not None:
+        ids = [item["id"] for item in ordered]
+        ordered = ordered[ids.index(query.after) + 1 :] if query.after in ids else []
+    return ordered[: query.limit], len(ordered) > query.limit
+
+
 def list_body(data: Sequence[Mapping[str, Any]], has_more: bool) -> dict[str, Any]:
     """OpenAI's list object; every item has an `id`."""
     return {

@@ -39,7 +39,10 @@ class Sampling:
     structured: Structured | None = None
 
 
-def parse_sampling(body: Body, *, max_tokens: int | None, logprobs: int | None) -> Sampling:
+def parse_sampling(
+    body: Body, *, max_tokens: int | None, logprobs: int | None, structured: Structured | None = None
+) -> Sampling:
+    """`structured` is what the reply is held to, where the body does not say it in chat's own fields."""
     top_p = fields.number(body, "top_p", 0, 1)
     if top_p == 0:
         top_p = 1e-9  # OpenAI takes 0 for "only the most likely"
@@ -64,7 +67,7 @@ def parse_sampling(body: Body, *, max_tokens: int | None, logprobs: int | None) 
         ignore_eos=fields.boolean(body, "ignore_eos") or False,
         min_tokens=fields.integer(body, "min_tokens", 0, 1_000_000) or 0,
         stop_token_ids=fields.token_ids(body, "stop_token_ids", 64),
-        structured=parse_structured(body),
+        structured=structured or parse_structured(body),
     )
 
 
@@ -74,9 +77,8 @@ def parse_stream(body: Body) -> tuple[bool, bool]:
     options = body.get("stream_options")
     if options is None:
         return stream, False
-    if not stream:
-        raise RequestError("'stream_options' is only taken together with \"stream\": true", param="stream_options")
     if not isinstance(options, dict):
         raise RequestError("'stream_options' must be an object", param="stream_options")
     fields.refuse_unknown(options, {"include_usage", "include_obfuscation"})
-    return stream, fields.boolean(options, "include_usage") or False
+    include_usage = fields.boolean(options, "include_usage") or False
+    return stream, stream and include_usage  # a whole reply tells it anyway

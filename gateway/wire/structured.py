@@ -54,36 +54,41 @@ def parse_structured(body: Body) -> Structured | None:
     return asked or extended
 
 
+def parse_text_format(raw: Any) -> Structured | None:
+    """`text.format` of a response, whose name, schema and strict lie flat. Raises as `parse_structured` does."""
+    return _format(raw, "text.format", "text.format", raw)
+
+
 def _response_format(raw: Any) -> Structured | None:
+    described = raw.get("json_schema") if isinstance(raw, dict) else None
+    return _format(raw, "response_format", "response_format.json_schema", described)
+
+
+def _format(raw: Any, param: str, where: str, described: Any) -> Structured | None:
+    """`where` is the client's path of what describes the schema."""
     kind = raw.get("type") if isinstance(raw, dict) else None
     if raw is None or kind == "text":
         return None
     if kind == "json_object":
-        return Structured("json_object", True, "response_format")
+        return Structured("json_object", True, param)
     if kind != "json_schema":
         raise RequestError(
-            f"'response_format' must be an object whose type is text, json_object or json_schema, not {show(raw)}",
-            param="response_format",
+            f"'{param}' must be an object whose type is text, json_object or json_schema, not {show(raw)}", param=param
         )
-    described = raw.get("json_schema")
     if not isinstance(described, dict):
-        raise RequestError(
-            f"'response_format.json_schema' must be an object with name and schema, not {show(described)}",
-            param="response_format.json_schema",
-        )
+        raise RequestError(f"'{where}' must be an object with name and schema, not {show(described)}", param=where)
     name = described.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise RequestError(
-            f"'response_format.json_schema.name' must be 1 to 64 letters, digits, underscores or dashes, not {show(name)}",
-            param="response_format.json_schema.name",
+            f"'{where}.name' must be 1 to 64 letters, digits, underscores or dashes, not {show(name)}",
+            param=f"{where}.name",
         )
     schema = described.get("schema")
-    strict_name = "response_format.json_schema.strict"
-    strict = fields.boolean({strict_name: described.get("strict")}, strict_name)
+    strict = fields.boolean({f"{where}.strict": described.get("strict")}, f"{where}.strict")
     if schema is None and not strict:
-        return Structured("json_object", True, "response_format")
-    checker = _Checker(f"response_format '{name}'", "response_format", bool(strict))
-    return Structured("json", checker.checked(schema), "response_format")
+        return Structured("json_object", True, param)
+    checker = _Checker(f"{param} '{name}'", param, bool(strict))
+    return Structured("json", checker.checked(schema), param)
 
 
 def strict_parameters(function: Mapping[str, Any], where: str) -> Structured | None:

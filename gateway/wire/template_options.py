@@ -12,6 +12,18 @@ _OPTION_LIMIT = 32
 _NO_OPTIONS = frozenset("messages tools documents add_generation_prompt continue_final_message tokenize".split())
 
 
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
+
+
+def effort_options(effort: Any, param: str) -> dict[str, Any]:
+    """How long a model is to think, as templates know it: `reasoning_effort`, and `enable_thinking` where it is not to."""
+    if effort is None:
+        return {}
+    if effort not in _EFFORTS:
+        raise RequestError(f"'{param}' must be one of {', '.join(_EFFORTS)}, not {show(effort)}", param=param)
+    return {"reasoning_effort": effort, **({"enable_thinking": False} if effort == "none" else {})}
+
+
 def template_options(value: Any, param: str) -> dict[str, Any]:
     """The options that `param` holds, none where it is null. Raises RequestError."""
     if value is None:

@@ -34,14 +34,15 @@ class ToolRequest:
 def parse_tools(body: Body) -> ToolRequest:
     """Raises RequestError that names the field, its value and the rule."""
     parallel = fields.boolean(body, "parallel_tool_calls")
-    if body.get("functions") or body.get("function_call") is not None:
+    withdrawn = body.get("function_call") == "none" and body.get("tools")
+    if (body.get("functions") or body.get("function_call") is not None) and not withdrawn:
         return _parse_functions(body)
-    tools = _tools(body.get("tools"))
+    tools, choice = _allowed(_tools(body.get("tools")), body.get("tool_choice"))
     names = tuple(tool["function"]["name"] for tool in tools)
-    forced = _forced(body.get("tool_choice"), names)
-    if body.get("tool_choice") == "none" or not tools:
+    forced = _forced(choice, names)
+    if choice == "none" or not tools:
         return ToolRequest()
-    named = isinstance(body.get("tool_choice"), dict)
+    named = isinstance(choice, dict)
     use = ToolUse(tools, forced, single=named or parallel is False)
     if not named:
         return ToolRequest(use)
@@ -77,6 +78,29 @@ def _parse_functions(body: Body) -> ToolRequest:
         return ToolRequest(older=True)
     forced = (choice["name"],) if named else ()
     return ToolRequest(ToolUse(tools, forced, single=True), "stop" if named else "function_call", older=True)
+
+
+def _allowed(tools: tuple[dict[str, Any], ...], choice: Any) -> tuple[tuple[dict[str, Any], ...], Any]:
+    """The tools that `allowed_tools` leaves, and its mode as the choice among them."""
+    if not isinstance(choice, dict) or choice.get("type") != "allowed_tools":
+        return tools, choice
+    told = choice.get("allowed_tools", choice)  # chat puts mode and tools one level deeper than responses do
+    listed, mode = (told.get("tools"), told.get("mode")) if isinstance(told, dict) else (None, None)
+    if not isinstance(listed, list) or mode not in ("auto", "required"):
+        raise RequestError(
+            f'\'tool_choice\' of type allowed_tools needs a mode, "auto" or "required", and tools, not {show(choice)}',
+            param="tool_choice",
+        )
+    _check_count(listed, "tool_choice.tools")
+    named = [_function(tool.get("function"), "tool_choice.tools")["name"] for tool in listed if isinstance(tool, dict)]
+    known = [tool["function"]["name"] for tool in tools]
+    for name in named:
+        if name not in known:
+            raise RequestError(
+                f"'tool_choice' allows the function {show(name)}; 'tools' has: {', '.join(known) or 'none'}"[:400],
+                param="tool_choice",
+            )
+    return tuple(tool for tool in tools if tool["function"]["name"] in named), mode
 
 
 def _tools(raw: Any) -> tuple[dict[str, Any], ...]:
@@ -126,9 +150,9 @@ def _forced(choice: Any, names: tuple[str, ...]) -> tuple[str, ...]:
     if choice in (None, "none", "auto"):
         return ()
     kind = choice.get("type") if isinstance(choice, dict) else None
-    if kind in ("allowed_tools", "custom"):
+    if kind == "custom":
         raise RequestError(
-            f"'tool_choice.type' {show(kind)} is not supported yet; send only the tools that are allowed, as functions",
+            f"'tool_choice.type' {show(kind)} is not supported yet; name a function",
             param="tool_choice",
         )
     function = choice.get("function") if kind == "function" else None

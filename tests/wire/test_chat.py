@@ -27,7 +27,7 @@ HELLO: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": 
         ("temperature", True, "temperature"),
         ("temperature", "1", "temperature"),
         ("top_p", 1.01, "top_p"),
-        ("max_tokens", 0, "max_tokens"),
+        ("max_tokens", -1, "max_tokens"),
         ("max_tokens", True, "max_tokens"),
         ("max_tokens", 1.5, "max_tokens"),
         ("max_completion_tokens", -1, "max_completion_tokens"),
@@ -42,7 +42,7 @@ HELLO: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": 
         ("stop", ["x" * 1_000_000], "stop"),
         ("stop", 3, "stop"),
         ("stream", "yes", "stream"),
-        ("stream_options", {"include_usage": True}, "stream_options"),
+        ("stream_options", {"include_usage": 1}, "include_usage"),
         ("top_logprobs", 5, "top_logprobs"),
         ("logprobs", 1, "logprobs"),
         ("logit_bias", {"x": 1}, "logit_bias"),
@@ -162,7 +162,7 @@ def test_chunks_are_what_the_sdk_reads_and_add_up(texts: list[str], include_usag
 def test_a_whole_completion_is_what_the_sdk_reads() -> None:
     entry = chat.token_logprob(b"\xe2", -0.5, [(b"a", -0.5), (b"b", -1.0)])
     choices = [chat.Choice("hi", "stop", None), chat.Choice("", "length", [entry])]
-    read = ChatCompletion.model_validate_json(chat.completion("chatcmpl-1", 5, "m", choices, Usage(3, 2, 1)))
+    read = ChatCompletion.model_validate(chat.completion("chatcmpl-1", 5, "m", choices, Usage(3, 2, 1)))
     assert [choice.message.content for choice in read.choices] == ["hi", ""]
     assert read.usage is not None
     assert read.usage.total_tokens == 5

@@ -153,7 +153,7 @@ def test_options_for_the_template_are_read() -> None:
 def test_a_whole_completion_with_calls_is_what_the_sdk_reads() -> None:
     call = CallDelta(0, "call_1", "f", ['{"a":', " 1}"])
     written = chat.completion("c", 5, "m", [chat.Choice("", "tool_calls", None, "hm", [call])], chat.Usage(3, 2, 1, 1))
-    (choice,) = ChatCompletion.model_validate_json(written).choices
+    (choice,) = ChatCompletion.model_validate(written).choices
     assert choice.message.content is None
     assert choice.message.tool_calls is not None
     assert choice.message.tool_calls[0].model_dump() == {
@@ -165,7 +165,7 @@ def test_a_whole_completion_with_calls_is_what_the_sdk_reads() -> None:
     older = chat.completion(
         "c", 5, "m", [chat.Choice("", "function_call", None, "", [call])], chat.Usage(1, 1), older=True
     )
-    message = ChatCompletion.model_validate_json(older).choices[0].message
+    message = ChatCompletion.model_validate(older).choices[0].message
     assert message.tool_calls is None
     assert message.function_call is not None
     assert message.function_call.arguments == '{"a": 1}'

@@ -1,0 +1,1 @@
+"""`make conformance`: openai-python's own tests, and real programs, against a running gateway."""

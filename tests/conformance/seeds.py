@@ -1,0 +1,138 @@
+"""The rows that openai-python's tests ask for by id. Put back before each: they cancel and delete.
+
+Imported by this package and, flat, by `sdk_plugin` inside the SDK's own pytest, where `tests` is the SDK's package.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+from sqlalchemy import Connection, create_engine, delete, event, insert, select
+
+from gateway.store import tables
+
+CREATED_AT = 1_760_000_000
+_INPUT = {
+    "id": "msg_0",
+    "type": "message",
+    "role": "user",
+    "status": "completed",
+    "content": [{"type": "input_text", "text": "Hello?"}],
+}
+_RESPONSE = {
+    "object": "response",
+    "created_at": CREATED_AT,
+    "completed_at": CREATED_AT,
+    "status": "completed",
+    "background": True,
+    "error": None,
+    "incomplete_details": None,
+    "instructions": None,
+    "max_output_tokens": None,
+    "metadata": {},
+    "model": "gpt-6-astra",
+    "output": [
+        {
+            "id": "msg_1",
+            "type": "message",
+            "role": "assistant",
+            "status": "completed",
+            "content": [{"type": "output_text", "text": "Hello.", "annotations": [], "logprobs": []}],
+        }
+    ],
+    "parallel_tool_calls": True,
+    "previous_response_id": None,
+    "reasoning": {"effort": None, "summary": None},
+    "store": True,
+    "temperature": 1.0,
+    "text": {"format": {"type": "text"}},
+    "tool_choice": "auto",
+    "tools": [],
+    "top_p": 1.0,
+    "truncation": "disabled",
+    "usage": None,
+    "user": None,
+}
+
+
+def put(connection: Connection, file_id: str) -> None:
+    """Every row in its first state; `file_id` is an uploaded file, whose bytes the seeded ones share."""
+    for table, rows in _rows(connection, file_id).items():
+        target = tables.metadata.tables[table]
+        ids = [row["id"] for row in rows]
+        connection.execute(delete(target).where(target.c.id.in_(ids)))
+        for row in rows:
+            connection.execute(insert(target).values(**row))
+
+
+def _rows(connection: Connection, file_id: str) -> dict[str, list[dict[str, object]]]:
+    files = tables.files
+    found = connection.execute(select(files).where(files.c.id == file_id)).mappings().one()
+    uploaded = {name: value for name, value in found.items() if name != "seq"}
+    named = ("file-abc123", "file_id", "input_file_id")
+    said = [
+        {"role": "assistant", "content": "Hello."}
+    ]  # the SDK's strict mode knows stored messages of this role alone
+    completion = {
+        "id": "completion_id",
+        "object": "chat.completion",
+        "created": CREATED_AT,
+        "model": "gpt-6-astra",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "Hello.", "refusal": None},
+                "logprobs": None,
+                "finish_reason": "stop",
+            }
+        ],
+    }
+    return {
+        "completions": [
+            {
+                "id": "completion_id",
+                "created_at": CREATED_AT,
+                "model": "gpt-6-astra",
+                "messages": said,
+                "body": completion,
+            }
+        ],
+        "responses": [
+            {
+                "id": name,
+                "created_at": CREATED_AT,
+                "status": "completed",
+                "background": True,
+                "request": {},
+                "items": [_INPUT],
+                "body": {**_RESPONSE, "id": name},
+            }
+            for name in ("resp_677efb5139a88190b512bc3fef8e535d", "previous_response_id", "resp_123", "response_id")
+        ],
+        "files": [{**uploaded, "id": name} for name in named],
+        "jobs": [
+            {
+                "id": "ft-AF1WoRqd3aJAHsqc9NY7iL8F",
+                "created_at": CREATED_AT,
+                "model": "gpt-4o-mini",
+                "base": "tunegate-demo",
+                "training_file": "file-abc123",
+                "seed": 42,
+                "hyperparameters": {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"},
+                "status": "cancelled",
+                "finished_at": CREATED_AT,
+            }
+        ],
+    }
+
+
+def connect(database: Path):
+    """An engine of its own on the gateway's file, which is in WAL mode: both may write, one after the other."""
+    engine = create_engine(f"sqlite:///{database}", connect_args={"timeout": 30})
+
+    @event.listens_for(engine, "connect")
+    def _prepare(connection: sqlite3.Connection, _: object) -> None:
+        connection.execute("PRAGMA synchronous=OFF")  # nothing here outlives the run
+
+    return engine
