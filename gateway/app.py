@@ -28,8 +28,10 @@ from gateway.routes import (
     embeddings,
     files,
     fine_tuning,
+    graders,
     health,
     models,
+    moderations,
     preview,
     responses,
     stored_completions,
@@ -50,6 +52,8 @@ ROUTES = [
     *models.routes,
     *files.routes,
     *fine_tuning.routes,
+    *graders.routes,
+    *moderations.routes,
     *preview.routes,
     *templates.routes,
     *health.routes,
@@ -67,7 +71,7 @@ def create_app(settings: Settings, data_dir: DataDir) -> Starlette:
             app.state.catalog, app.state.inference = house.catalog, house.inference
             app.state.starting = house.starting
             app.state.supervisor = house.supervisor
-            app.state.responses = house.responses
+            app.state.responses, app.state.graders = house.responses, house.graders
             app.state.templates, app.state.previews = house.templates, house.previews
             yield
 

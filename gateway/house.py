@@ -23,6 +23,7 @@ from gateway.engines.engine import Engine
 from gateway.engines.memory import expected_memory, planned_context
 from gateway.engines.residents import Resident, Residents
 from gateway.errors import EngineUnavailable, SettingsError, TunegateError
+from gateway.grading.graders import Graders
 from gateway.inference import Inference
 from gateway.jobs.preview import Previews
 from gateway.jobs.supervisor import Supervisor
@@ -51,6 +52,7 @@ class House:
         limits = settings.limits
         self.catalog = Catalog(Deadlines(limits.first_token_s, limits.between_tokens_s))
         self.inference = Inference(self.catalog, limits.requests_in_flight)
+        self.graders = Graders(self.inference)
         self.blobs = Blobs(data_dir.blobs)
         self.templates = Templates(settings.templates, self.catalog)
         self.previews = Previews()
