@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -14,14 +13,18 @@ import uvicorn
 from gateway import __version__
 from gateway.errors import SettingsError
 from gateway.jobdir import Turns
+from gateway.keys_command import cli as keys_cli
 from gateway.models_command import cli as models_cli
-from gateway.settings import load_settings
+from gateway.settings import is_loopback, load_settings
+from gateway.usage_command import usage
 
 SWITCH_INTERVAL_S = 0.0005  # how long a thread that renders a long conversation may keep the event loop waiting
 
 cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 cli.add_typer(models_cli, name="models")
+cli.add_typer(keys_cli, name="keys")
+cli.command()(usage)
 
 
 @cli.callback()
@@ -31,22 +34,24 @@ def about() -> None:
 
 @cli.command()
 def serve(
-    host: Annotated[str | None, typer.Option(help="Address to listen on; loopback only.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; other than loopback it takes a key.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
     data: Annotated[str | None, typer.Option(help="The folder that everything is kept in.")] = None,
     config: Annotated[Path | None, typer.Option(help="Settings file (TOML).")] = None,
 ) -> None:
     """Serve the API until SIGTERM or Ctrl-C; ready when /readyz answers 200."""
     from gateway.app import create_app  # the other commands start without it
+    from gateway.keys import require_key
+    from gateway.logs import set_up
     from gateway.store.datadir import DataDir
     from gateway.templates import settings_entries
 
     try:
         settings = load_settings(config, os.environ, {"host": host, "port": port, "data": data})
-        logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        for talkative in ("httpx", "alembic"):
-            logging.getLogger(talkative).setLevel(logging.WARNING)
+        set_up(settings.log_level, settings.log_format)
         settings_entries(settings.templates)
+        if not is_loopback(settings.host):
+            require_key(settings.data_dir, settings.host)
         data_dir = DataDir.open(settings.data_dir)
     except (SettingsError, ValueError) as error:
         typer.echo(f"tunegate: {error}", err=True)
@@ -65,6 +70,7 @@ def serve(
             lifespan="on",
             access_log=False,
             server_header=False,
+            log_config=None,
             log_level=settings.log_level,
             timeout_keep_alive=75,
             timeout_graceful_shutdown=30,

@@ -7,22 +7,21 @@ the running server, which says on `/readyz` when they answer.
 from __future__ import annotations
 
 import logging
-import secrets
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.errors import BodyTooLarge, Forbidden, MethodNotAllowed, Misdirected, NotFound, RequestError, TunegateError
+from gateway.errors import MethodNotAllowed, NotFound, RequestError, TunegateError
+from gateway.front import Front
 from gateway.house import House
+from gateway.logs import RequestLog
 from gateway.routes import (
+    batches,
     chat,
     completions,
     embeddings,
@@ -36,9 +35,12 @@ from gateway.routes import (
     responses,
     stored_completions,
     templates,
+    uploads,
+    usage,
 )
 from gateway.routes.body import ClientLeft
-from gateway.settings import Settings
+from gateway.routes.reply import error_response
+from gateway.settings import Settings, is_loopback
 from gateway.store.datadir import DataDir
 
 logger = logging.getLogger("tunegate")
@@ -56,6 +58,9 @@ ROUTES = [
     *moderations.routes,
     *preview.routes,
     *templates.routes,
+    *uploads.routes,
+    *batches.routes,
+    *usage.routes,
     *health.routes,
 ]
 
@@ -70,100 +75,45 @@ def create_app(settings: Settings, data_dir: DataDir) -> Starlette:
             app.state.data_dir, app.state.store, app.state.blobs = house.data_dir, house.store, house.blobs
             app.state.catalog, app.state.inference = house.catalog, house.inference
             app.state.starting = house.starting
+            app.state.keyring, app.state.batches = house.keyring, house.batches
+            house.batches.start(app)
             app.state.supervisor = house.supervisor
             app.state.responses, app.state.graders = house.responses, house.graders
             app.state.templates, app.state.previews = house.templates, house.previews
             yield
+        log.flush()
 
+    log = RequestLog(settings.log_format, enabled=settings.log_level in ("debug", "info"))
+    hosts = frozenset(name.encode().lower() for name in settings.hosts)
+    front = Middleware(Front, hosts=hosts, local=is_loopback(settings.host), log=log)
     return Starlette(
         routes=ROUTES,
         lifespan=lifespan,
-        middleware=[Middleware(Front)],
+        middleware=[front],
         exception_handlers={TunegateError: _tell, HTTPException: _tell_router, ClientLeft: _say_nothing, 500: _crash},  # type: ignore[dict-item]
     )
-
-
-class Front:
-    """The first thing a request meets: Host and Origin are checked, and every response gets an id and its time."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        began = time.perf_counter()
-
-        async def send_named(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                elapsed_ms = int((time.perf_counter() - began) * 1000)
-                message["headers"] = [
-                    *message.get("headers", ()),
-                    (b"x-request-id", b"req_" + secrets.token_hex(16).encode()),
-                    (b"openai-processing-ms", b"%d" % elapsed_ms),
-                    (b"openai-version", b"2020-10-01"),
-                ]
-            await send(message)
-
-        refusal = _foreign(scope)
-        if refusal is not None:
-            await _response(refusal)(scope, receive, send_named)
-        else:
-            await self._app(scope, receive, send_named)
-
-
-def _foreign(scope: Scope) -> TunegateError | None:
-    """A page in a browser must not reach a server on its visitor's own machine, under whatever name it found it."""
-    host = origin = b""
-    for name, value in scope["headers"]:
-        if name == b"host":
-            host = value
-        elif name == b"origin":
-            origin = value
-    if not _is_local(host):
-        return Misdirected(
-            f"the Host header is {host[:100].decode('latin-1')!r}; this server answers as localhost or 127.0.0.1 only"
-        )
-    if origin and not _is_local(origin.partition(b"://")[2]):
-        return Forbidden(f"requests from the origin {origin[:100].decode('latin-1')!r} are refused")
-    return None
-
-
-def _is_local(authority: bytes) -> bool:
-    name = authority.rpartition(b":")[0] if authority[-1:].isdigit() and b":" in authority else authority
-    return name in (b"localhost", b"[::1]") or (
-        name.startswith(b"127.") and name.count(b".") == 3 and name.replace(b".", b"").isdigit()
-    )
-
-
-def _response(error: TunegateError) -> Response:
-    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
-    if isinstance(error, BodyTooLarge):
-        headers["Connection"] = "close"  # else the rest of the body would be read and thrown away, however long it is
-    return Response(orjson.dumps(error.body()), error.status, headers, "application/json")
 
 
 async def _tell(_: Request, error: TunegateError) -> Response:
     if error.status >= 500:
         logger.warning("%s: %s", type(error).__name__, error.message)
-    return _response(error)
+    return error_response(error)
 
 
 async def _tell_router(request: Request, error: HTTPException) -> Response:
     """404 and 405 of the router, in OpenAI's shape."""
     where = f"{request.method} {request.url.path}"
     if error.status_code == 404:
-        return _response(
+        return error_response(
             NotFound(f"Unknown request URL: {where}. The README lists what is served.", code="unknown_url")
         )
     if error.status_code == 405:
-        response = _response(MethodNotAllowed(f"Not allowed: {where}. Try {(error.headers or {}).get('Allow')}."))
+        response = error_response(MethodNotAllowed(f"Not allowed: {where}. Try {(error.headers or {}).get('Allow')}."))
         response.headers.update(error.headers or {})
         return response
     told = RequestError(error.detail)
     told.status = error.status_code
-    return _response(told)
+    return error_response(told)
 
 
 async def _say_nothing(_: Request, __: ClientLeft) -> Response:
@@ -172,4 +122,4 @@ async def _say_nothing(_: Request, __: ClientLeft) -> Response:
 
 async def _crash(request: Request, error: Exception) -> Response:
     logger.error("unexpected, at %s %s", request.method, request.url.path, exc_info=error)
-    return _response(TunegateError("The server had an error while processing your request; its log says more."))
+    return error_response(TunegateError("The server had an error while processing your request; its log says more."))

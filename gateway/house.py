@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from gateway.bases import PreparedBase, prepare, read_base
+from gateway.batches.runner import Runner
 from gateway.chat.bundle import Bundle
 from gateway.engines.adapters import Adapter
 from gateway.engines.attached import AttachedEngine
@@ -27,6 +28,8 @@ from gateway.grading.graders import Graders
 from gateway.inference import Inference
 from gateway.jobs.preview import Previews
 from gateway.jobs.supervisor import Supervisor
+from gateway.keys import Keyring
+from gateway.metering import Meter
 from gateway.models import added_names, is_added
 from gateway.responses import Responses
 from gateway.settings import BaseSettings, Settings
@@ -51,7 +54,8 @@ class House:
         self.data_dir = data_dir
         limits = settings.limits
         self.catalog = Catalog(Deadlines(limits.first_token_s, limits.between_tokens_s))
-        self.inference = Inference(self.catalog, limits.requests_in_flight)
+        self.meter = Meter()
+        self.inference = Inference(self.catalog, limits.requests_in_flight, self.meter)
         self.graders = Graders(self.inference)
         self.blobs = Blobs(data_dir.blobs)
         self.templates = Templates(settings.templates, self.catalog)
@@ -63,6 +67,17 @@ class House:
     async def __aenter__(self) -> Self:
         self.store = await asyncio.to_thread(Store.open, self.data_dir.database)
         await sweep_all(self.store, self.blobs)
+        self.keyring = Keyring(self.store, self.data_dir.keys_stamp)
+        await self.keyring.open()
+        self.batches = Runner(
+            self.store,
+            self.blobs,
+            self.keyring.caller_with,
+            lambda: self.inference.live,
+            lambda: not self.starting(),
+            lines_at_once=self.settings.limits.batch_lines,
+            max_line_bytes=self.settings.limits.body_bytes,
+        )
         await self.templates.open(self.store)
         self.supervisor = Supervisor(self.store, self.blobs, self.data_dir, self.settings, self.catalog, self.engine)
         self.residents.start()
@@ -71,6 +86,7 @@ class House:
             if base.path is not None:
                 self._begin(name, base)
         self._watching = asyncio.create_task(self._watch_added(), name="added models")
+        self._metering = asyncio.create_task(self.meter.run(self.store), name="usage")
         await self.supervisor.start()
         await self.responses.start()
         return self
@@ -82,11 +98,19 @@ class House:
         for task in starting:
             task.cancel()
         await asyncio.gather(*starting, return_exceptions=True)
+        await self.batches.stop()
         await self.responses.stop()
         await self.supervisor.stop()
         self.templates.close()
         self.catalog.close()
         await self.residents.stop()
+        await self.keyring.close()
+        self._metering.cancel()
+        await asyncio.gather(self._metering, return_exceptions=True)
+        try:
+            await self.meter.flush(self.store)
+        except TunegateError as unwritten:
+            logger.error("the last usage was not written: %s", unwritten.message)
         await asyncio.to_thread(self.store.close)
 
     def starting(self) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from gateway.access import Caller
 from gateway.chat.bundle import Bundle
@@ -50,13 +50,29 @@ class Delta:
     token_ids: Sequence[int] = ()  # as the engine sent them
 
 
+class Meter(Protocol):
+    """Who counts what was used; `gateway.metering`."""
+
+    def add(
+        self,
+        caller: Caller,
+        model: str,
+        kind: Literal["completions", "embeddings"],
+        prompt_tokens: int,
+        completion_tokens: int,
+        cached_tokens: int,
+    ) -> None: ...
+
+
 class Inference:
     """Renders and asks. Holds no state of a request."""
 
-    def __init__(self, catalog: Catalog, requests_in_flight: int) -> None:
+    def __init__(self, catalog: Catalog, requests_in_flight: int, meter: Meter | None = None) -> None:
         self._catalog = catalog
         self._limit = requests_in_flight
+        self._meter = meter
         self.in_flight = 0
+        self.live = 0  # of these, those that somebody waits for: no lines of batches
 
     async def chat(
         self,
@@ -172,11 +188,16 @@ class Inference:
             raise RequestError(f"the model '{model}' makes no embeddings: its file names no pooling", param="model")
         if self.in_flight >= self._limit:
             raise RateLimited(f"{self._limit} requests are being answered; try again shortly", retry_after_s=1)
-        self.in_flight += 1
+        self._begun(caller)
         try:
-            return await embed(served, inputs)
+            made = await embed(served, inputs)
         finally:
-            self.in_flight -= 1
+            self._over(caller)
+        if caller.allowance is not None:
+            caller.allowance.owe_tokens(made.prompt_tokens)
+        if self._meter is not None:
+            self._meter.add(caller, served.name, "embeddings", made.prompt_tokens, 0, 0)
+        return made
 
     def prompt_text(self, model: str, prompt: str | list[int], *, caller: Caller) -> str:
         """A plain prompt as text, for `echo`."""
@@ -206,18 +227,44 @@ class Inference:
         if scored:
             body["prompt_logprobs"] = sampling.logprobs or 0
         readers = [reader() for _ in range(sampling.n)]
-        self.in_flight += 1
+        if caller.allowance is not None:
+            caller.allowance.take_tokens(len(ids))
+        self._begun(caller)
         try:
             events = await served.client.stream(body)
         except BaseException:
-            self.in_flight -= 1
+            self._over(caller)
+            if caller.allowance is not None:
+                caller.allowance.owe_tokens(-len(ids))
             raise
         return Generation(
-            self, served.bundle, events, readers, sampling, prompt_ids=ids, structured=structured, scored=scored
+            self,
+            served,
+            events,
+            readers,
+            sampling,
+            caller=caller,
+            prompt_ids=ids,
+            structured=structured,
+            scored=scored,
         )
 
-    def _ended(self) -> None:
+    def _begun(self, caller: Caller) -> None:
+        self.in_flight += 1
+        self.live += not caller.is_batch
+
+    def _over(self, caller: Caller) -> None:
         self.in_flight -= 1
+        self.live -= not caller.is_batch
+
+    def _ended(self, generation: Generation) -> None:
+        caller, completion_tokens = generation.caller, generation.completion_tokens
+        self._over(caller)
+        if caller.allowance is not None:
+            caller.allowance.owe_tokens(completion_tokens)
+        if self._meter is not None:
+            prompt_tokens, cached_tokens = generation.prompt_tokens, generation.cached_tokens
+            self._meter.add(caller, generation.model, "completions", prompt_tokens, completion_tokens, cached_tokens)
 
 
 class Generation:
@@ -226,17 +273,20 @@ class Generation:
     def __init__(
         self,
         inference: Inference,
-        bundle: Bundle,
+        served: Served,
         stream: EngineStream,
         readers: list[ReplyReader],
         sampling: Sampling,
         *,
+        caller: Caller,
         prompt_ids: list[int],
         structured: Structured | None,
         scored: int = 0,
     ) -> None:
         """`scored`: how many of the prompt's last ids have log-probabilities to come."""
+        bundle = served.bundle
         self._inference, self._bundle, self._stream, self._readers = inference, bundle, stream, readers
+        self.caller, self.model = caller, served.name
         self._open = set(range(len(readers)))
         self._stop_ids = frozenset(bundle.stop_ids)
         self._client_stops = frozenset(sampling.stop_token_ids)
@@ -288,7 +338,7 @@ class Generation:
         """Ends it now, wherever it is; the engine stops within a step."""
         if self._live:
             self._live = False
-            self._inference._ended()
+            self._inference._ended(self)
             self._stream.cancel()
 
     def _read(self, frame: dict[str, Any]) -> list[Delta]:

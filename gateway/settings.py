@@ -20,6 +20,9 @@ DEMO_MODEL = "tunegate-demo"
 DEMO_MODEL_PATH = Path(__file__).resolve().parent.parent / "deploy" / "demo_model"
 
 
+LISTS = ("hosts", "ignored_fields")  # that only the file can hold
+
+
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A table of the file: frozen, and no key is taken that it does not name."""
 
@@ -73,6 +76,8 @@ class JobSettings(Section, frozen=True):
 class LimitSettings(Section, frozen=True):
     body_bytes: int = 16 * 1024 * 1024
     file_bytes: int = 512 * 1024 * 1024
+    upload_bytes: int = 8 * 1024 * 1024 * 1024
+    batch_lines: int = 4  # that are asked at once, while nobody else asks
     first_token_s: float = 300.0
     between_tokens_s: float = 120.0
     requests_in_flight: int = 1024
@@ -90,11 +95,13 @@ class Settings(Section, frozen=True):
 
     host: str = "127.0.0.1"
     port: int = 8000
+    hosts: list[str] = []  # further names that the server is reached under
     data: str = ""
     organization: str = "local"
     default_model: str | None = None  # for requests that name none
     ignored_fields: list[str] = []  # "chat.FIELD", "completions.FIELD", "responses.FIELD": dropped unread
     log_level: str = "info"
+    log_format: Literal["text", "json"] = "text"
     bases: dict[str, BaseSettings] = {}
     aliases: dict[str, str] = {}
     templates: dict[str, TemplateSettings] = {}
@@ -137,7 +144,7 @@ def _add_environment(raw: dict[str, Any], environ: Mapping[str, str]) -> None:
     for section, struct in sections.items():
         for field in msgspec.structs.fields(struct):
             name = f"TUNEGATE_{section + '_' if section else ''}{field.name}".upper()
-            if name in environ and field.name not in {"bases", "aliases", "templates", "ignored_fields", *tables}:
+            if name in environ and field.name not in {"bases", "aliases", "templates", *LISTS, *tables}:
                 target = raw.setdefault(section, {}) if section else raw
                 target[field.name] = _scalar(environ[name], str(field.type), name)
 
@@ -187,11 +194,6 @@ def _complete(settings: Settings, config: Path | None) -> Settings:
             raise SettingsError(
                 f"ignored_fields names {name!r}; each is chat.FIELD, completions.FIELD or responses.FIELD"
             )
-    if not _is_loopback(settings.host):
-        raise SettingsError(
-            f"host {settings.host!r} is not a loopback address, and without keys anybody on the network could use it; "
-            "keep 127.0.0.1 and reach it through `ssh -L 8000:127.0.0.1:8000 THIS_MACHINE`"
-        )
     return msgspec.structs.replace(settings, bases=bases, data=data, templates=templates)
 
 
@@ -226,7 +228,8 @@ def _plain(options: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether an address to listen on is reached from this machine alone."""
     if host == "localhost":
         return True
     try:

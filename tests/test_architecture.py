@@ -24,6 +24,12 @@ ARROWS: dict[str, set[str]] = {
     "gateway.jobdir": LEAVES,
     "gateway.chat": LEAVES,
     "gateway.settings": {"gateway.errors"},
+    "gateway.logs": LEAVES,
+    "gateway.limits": {"gateway.access", "gateway.errors"},
+    "gateway.keys": {"gateway.access", "gateway.errors", "gateway.limits", "gateway.store"},
+    "gateway.metering": {"gateway.access", "gateway.errors", "gateway.store"},
+    "gateway.batches": {"gateway.access", "gateway.errors", "gateway.store"},
+    "gateway.front": {"gateway.access", "gateway.errors", "gateway.keys", "gateway.logs", "gateway.routes"},
     "gateway.llama_worker": {"gateway", "gateway.errors"},
     "gateway.bases": {"gateway", "gateway.errors", "gateway.jobdir"},
     "gateway.wire": {"gateway.chat", "gateway.errors"},
@@ -95,6 +101,7 @@ ARROWS: dict[str, set[str]] = {
 }
 # Where every object is built and handed in: these may import any room of the gateway.
 BUILDERS = {"gateway", "gateway.app", "gateway.house", "gateway.__main__", "gateway.models_command"}
+BUILDERS |= {"gateway.keys_command", "gateway.usage_command"}
 
 # What no process that serves requests may carry.
 HEAVY = {"torch", "vllm", "llama_cpp", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate"}

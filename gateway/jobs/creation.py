@@ -49,10 +49,13 @@ class Creation:
     settings: JobSettings
     catalog: Catalog
 
-    async def create(self, request: CreateJob, idempotency_key: str | None, project_id: str) -> Job:
+    async def create(
+        self, request: CreateJob, idempotency_key: str | None, project_id: str, max_active: int | None = None
+    ) -> Job:
         """The new job, or the one that an earlier request with the same key made.
 
-        RequestError names what is wrong with the request; RateLimited when as many jobs wait as may.
+        RequestError names what is wrong with the request; RateLimited when as many jobs wait as may, or the project has
+        `max_active` that are not over.
         """
         if idempotency_key is not None:
             earlier = await self.store.read(
@@ -65,7 +68,7 @@ class Creation:
         job = _new_job(request, base, idempotency_key, project_id)
         await asyncio.to_thread(self._build, job, base, inputs)
         try:
-            stored = await self.store.write(lambda connection: self._insert(connection, job, request))
+            stored = await self.store.write(lambda connection: self._insert(connection, job, request, max_active))
         except TunegateError:
             await asyncio.to_thread(remove_folder, self.jobs_dir / job.id)
             raise
@@ -101,7 +104,7 @@ class Creation:
                 param="training_file",
             ) from error
 
-    def _insert(self, connection: Connection, job: Job, request: CreateJob) -> Job:
+    def _insert(self, connection: Connection, job: Job, request: CreateJob, max_active: int | None) -> Job:
         if job.idempotency_key is not None:
             earlier = statements.select_by_idempotency_key(connection, job.project_id, job.idempotency_key)
             if earlier is not None:
@@ -113,11 +116,21 @@ class Creation:
                 "settings). Try again when one is done, or cancel one.",
                 retry_after_s=FULL_RETRY_AFTER_S,
             )
+        if max_active is not None and (active := statements.count_active(connection, job.project_id)) >= max_active:
+            raise too_many_jobs(active, max_active)
         validating = f"Validating training file: {job.training_file}"
         if job.validation_file is not None:
             validating += f" and validation file: {job.validation_file}"
         statements.insert_job(connection, job, [f"Created fine-tuning job: {job.id}", validating])
         return job
+
+
+def too_many_jobs(active: int, max_active: int) -> RateLimited:
+    return RateLimited(
+        f"{active} jobs of this project are not over yet, and this key may have {max_active} at once (`--jobs` of `tunegate "
+        "keys create`; fine-tuning jobs and batches count). Try again when one is done, or cancel one.",
+        retry_after_s=FULL_RETRY_AFTER_S,
+    )
 
 
 def bundle_for(base: Base, options: dict[str, Any]) -> Bundle:

@@ -87,9 +87,11 @@ class Supervisor:
 
     # for the routes
 
-    async def create(self, request: CreateJob, idempotency_key: str | None, project_id: str) -> Job:
+    async def create(
+        self, request: CreateJob, idempotency_key: str | None, project_id: str, max_active: int | None = None
+    ) -> Job:
         """The job, committed; see `Creation.create`."""
-        job = await self._creation.create(request, idempotency_key, project_id)
+        job = await self._creation.create(request, idempotency_key, project_id, max_active)
         self._wake.set()
         return job
 

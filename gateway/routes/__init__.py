@@ -9,7 +9,9 @@ from starlette.requests import Request
 
 from gateway.access import ANYBODY, Caller
 
-CALLER = "tunegate.caller"  # where `gateway.front` leaves it in the ASGI scope
+# Where `gateway.front` leaves them in the ASGI scope.
+CALLER = "tunegate.caller"
+REQUEST_ID = "tunegate.request_id"
 
 
 def caller_of(scope: MutableMapping[str, Any]) -> Caller:

@@ -7,15 +7,18 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import orjson
+from sqlalchemy import Connection
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from gateway.errors import NotFound, RequestError, StoreUnavailable
-from gateway.routes import project_of
+from gateway.errors import NotFound, RequestError, TunegateError
+from gateway.routes import caller_of, project_of
+from gateway.routes.idempotency import idempotency_key
 from gateway.routes.multipart import Field, FileBegins, FileBytes, read_form
 from gateway.store import files as statements
+from gateway.store import idempotency
 from gateway.store.blobs import BlobReader
 from gateway.store.files import File
 from gateway.store.sweep import remove_unreferenced, sweep_expired
@@ -27,22 +30,40 @@ MAX_PAGE = 10_000
 
 async def create_file(request: Request) -> Response:
     store, blobs = request.app.state.store, request.app.state.blobs
+    caller = caller_of(request.scope)
+    limit_bytes = caller.limits.storage_bytes
     await sweep_expired(store, blobs)
+    key = idempotency_key(request)
     form = _UploadForm(request)
+    if limit_bytes is not None:  # before a byte is read
+        now = int(time.time())
+        await store.read(lambda connection: statements.require_room(connection, caller.project_id, 1, limit_bytes, now))
     blob = await blobs.put(form.read())
-    try:
-        file = await store.write(
-            lambda connection: statements.insert_file(
-                connection,
-                blob,
-                filename=form.filename,
-                purpose=form.upload.purpose,
-                created_at=int(time.time()),
-                expires_after_s=form.upload.expires_after_s,
-                project_id=project_of(request),
-            )
+
+    def insert(connection: Connection) -> File:
+        now = int(time.time())
+        mark = idempotency.fingerprint("file", blob.digest, form.filename, form.upload)
+        earlier = idempotency.recall(connection, caller.project_id, key, mark)
+        if earlier is not None and (
+            file := statements.select_file(connection, earlier, now=now, project_id=caller.project_id)
+        ):
+            return file
+        statements.require_room(connection, caller.project_id, blob.size_bytes, limit_bytes, now)
+        file = statements.insert_file(
+            connection,
+            blob,
+            filename=form.filename,
+            purpose=form.upload.purpose,
+            created_at=now,
+            expires_after_s=form.upload.expires_after_s,
+            project_id=caller.project_id,
         )
-    except StoreUnavailable:
+        idempotency.remember(connection, caller.project_id, key, mark, file.id)
+        return file
+
+    try:
+        file = await store.write(insert)
+    except TunegateError:
         blobs.release(blob)
         await remove_unreferenced(store, blobs, [blob.digest])
         raise

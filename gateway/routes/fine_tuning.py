@@ -9,7 +9,7 @@ from starlette.routing import Route
 
 from gateway.errors import RequestError
 from gateway.jobs.supervisor import unknown_job
-from gateway.routes import project_of
+from gateway.routes import caller_of, project_of
 from gateway.routes.body import read_json
 from gateway.store import checkpoints as checkpoint_statements
 from gateway.store import events as event_statements
@@ -27,7 +27,9 @@ async def create_job(request: Request) -> Response:
     state = request.app.state
     key = wire.parse_idempotency_key(request.headers.get("idempotency-key"))
     asked = wire.parse_create(await read_json(request, state.settings.limits.body_bytes))
-    return _answer(request, await state.supervisor.create(asked, key, project_of(request)))
+    caller = caller_of(request.scope)
+    job = await state.supervisor.create(asked, key, caller.project_id, caller.limits.jobs)
+    return _answer(request, job)
 
 
 async def list_jobs(request: Request) -> Response:

@@ -15,7 +15,9 @@ async def readyz(request: Request) -> Response:
     bases = dict.fromkeys(request.app.state.starting(), False)  # also those that are not whole yet
     bases |= {base.name: base.engine.ready or base.engine.resting for base in request.app.state.catalog.bases}
     ready = bool(bases) and all(bases.values())
-    body = {"status": "ready" if ready else "starting", "engines": bases}
+    body: dict[str, object] = {"status": "ready" if ready else "starting"}
+    if not request.app.state.keyring.required:  # who asks has no key, and names are for those who have one
+        body["engines"] = bases
     return JSONResponse(body, status_code=200 if ready else 503, headers={} if ready else {"Retry-After": "1"})
 
 

@@ -8,9 +8,10 @@ import secrets
 from collections.abc import AsyncIterator, Callable
 
 import orjson
+from starlette.responses import Response
 from starlette.types import Receive, Send
 
-from gateway.errors import EngineError, TunegateError
+from gateway.errors import BodyTooLarge, EngineError, TunegateError, Unauthorized
 
 logger = logging.getLogger("tunegate.reply")
 
@@ -20,6 +21,16 @@ _STREAM_HEADERS = [
     (b"x-accel-buffering", b"no"),
 ]
 DONE = b"data: [DONE]\n\n"
+
+
+def error_response(error: TunegateError) -> Response:
+    """OpenAI's error object, with the headers that go with it."""
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, BodyTooLarge):
+        headers["Connection"] = "close"  # else the rest of the body would be read and thrown away, however long it is
+    return Response(orjson.dumps(error.body()), error.status, headers, "application/json")
 
 
 def new_id(prefix: str) -> str:

@@ -2,6 +2,7 @@
 
     lock            flocked by the gateway for its whole life; holds its pid as JSON
     tunegate.db     the store (with its -wal and -shm files)
+    keys.stamp      grows by a byte whenever a key is made or revoked: `gateway/keys.py`
     blobs/          files by digest: `blobs.py`
     bases/NAME/     prepared bases
     jobs/ID/        job directories: `gateway/jobdir.py`
@@ -29,6 +30,7 @@ class DataDir:
     def __init__(self, path: Path, lock_fd: int) -> None:
         self.path = path
         self.database = path / "tunegate.db"
+        self.keys_stamp = path / "keys.stamp"
         self.blobs = path / "blobs"
         self.bases = path / "bases"
         self.jobs = path / "jobs"

@@ -5,13 +5,16 @@ from __future__ import annotations
 import secrets
 import string
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, exists, insert, or_, select, update
+from sqlalchemy import Column, ColumnElement, Connection, RowMapping, Select, exists, func, insert, or_, select, update
 
+from gateway.errors import RequestError
 from gateway.store.blobs import BlobRef
 from gateway.store.pages import Order, Page, select_page
-from gateway.store.tables import DEFAULT_PROJECT, files
+from gateway.store.tables import DEFAULT_PROJECT, batches, files, upload_parts
 
+OVER = ("failed", "completed", "expired", "cancelled")  # batches that are
 ID_CHARS = string.ascii_letters + string.digits
 
 
@@ -56,6 +59,27 @@ def insert_file(
     )
     connection.execute(insert(files).values(**vars(file)))
     return file
+
+
+def used_bytes(connection: Connection, project_id: str, now: int) -> int:
+    """What the files of a project take."""
+    return (
+        connection.scalar(select(func.coalesce(func.sum(files.c.size_bytes), 0)).where(*_visible(project_id, now))) or 0
+    )
+
+
+def require_room(connection: Connection, project_id: str, more_bytes: int, limit_bytes: int | None, now: int) -> None:
+    """Raises RequestError where `more_bytes` would be over what a key lets its project store."""
+    if limit_bytes is None:
+        return
+    used = used_bytes(connection, project_id, now)
+    if used + more_bytes > limit_bytes:
+        raise RequestError(
+            f"{more_bytes} bytes more would be over what this key may store: its project has {used} of {limit_bytes} bytes "
+            "(`--storage` of `tunegate keys create`). Delete files that are not needed any more.",
+            param="file",
+            code="storage_limit_exceeded",
+        )
 
 
 def select_file(connection: Connection, file_id: str, *, now: int, project_id: str = DEFAULT_PROJECT) -> File | None:
@@ -106,14 +130,23 @@ def delete_expired(connection: Connection, now: int) -> list[str]:
 
 
 def is_referenced(connection: Connection, digest: str) -> bool:
-    """Whether a file that was not deleted has these bytes."""
-    found = connection.scalar(select(exists().where(files.c.digest == digest, files.c.deleted_at.is_(None))))
-    return bool(found)
+    """Whether these bytes are needed: by a file that was not deleted, an upload's part, or the input of a batch at work."""
+    return any(connection.scalar(select(exists(needed.where(column == digest)))) for column, needed in _needed())
 
 
 def select_referenced(connection: Connection) -> set[str]:
-    """The digests of all bytes that files need."""
-    return set(connection.scalars(select(files.c.digest).where(files.c.deleted_at.is_(None)).distinct()))
+    """The digests of all bytes that are needed."""
+    return {digest for _, needed in _needed() for digest in connection.scalars(needed.distinct())}
+
+
+def _needed() -> list[tuple[Column[str], Select[Any]]]:
+    """Every column that names bytes, and the digests in it that are still needed."""
+    at_work = select(batches.c.input_digest).where(batches.c.status.not_in(OVER))
+    return [
+        (files.c.digest, select(files.c.digest).where(files.c.deleted_at.is_(None))),
+        (upload_parts.c.digest, select(upload_parts.c.digest)),
+        (batches.c.input_digest, at_work),
+    ]
 
 
 def was_ever_used(connection: Connection) -> bool:

@@ -145,6 +145,12 @@ def count_waiting(connection: Connection) -> int:
     return connection.execute(select(func.count()).select_from(_jobs).where(_jobs.c.status.in_(WAITING))).scalar_one()
 
 
+def count_active(connection: Connection, project_id: str) -> int:
+    """How many jobs of a project are not over."""
+    where = (_jobs.c.project_id == project_id, _jobs.c.status.in_(ACTIVE))
+    return connection.execute(select(func.count()).select_from(_jobs).where(*where)).scalar_one()
+
+
 def queue_job(connection: Connection, job_id: str, check: dict[str, Any], events: Iterable[NewEvent]) -> bool:
     """validating_files → queued. False when the job was no longer validating."""
     return _leave(connection, job_id, ("validating_files",), events, status="queued", check=check)

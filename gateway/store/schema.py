@@ -15,11 +15,15 @@ from gateway.errors import SettingsError
 MIGRATIONS = Path(__file__).parent / "migrations"
 
 
+def is_current(connection: Connection) -> bool:
+    """Whether the database is at this version's schema."""
+    head = ScriptDirectory.from_config(_config(connection)).get_current_head()
+    return MigrationContext.configure(connection).get_current_revision() == head
+
+
 def upgrade(connection: Connection) -> None:
     """Runs the migrations that are missing; refuses a database that a newer version wrote."""
-    config = Config()
-    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
-    config.attributes["connection"] = connection
+    config = _config(connection)
     script = ScriptDirectory.from_config(config)
     current = MigrationContext.configure(connection).get_current_revision()
     if current is not None and current not in {revision.revision for revision in script.walk_revisions()}:
@@ -30,3 +34,10 @@ def upgrade(connection: Connection) -> None:
         )
     if current != script.get_current_head():
         command.upgrade(config, "head")
+
+
+def _config(connection: Connection) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    config.attributes["connection"] = connection
+    return config

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterable
 
-from gateway.store import files
+from gateway.store import files, uploads
 from gateway.store.blobs import Blobs
 from gateway.store.database import Store
 
@@ -26,8 +26,10 @@ async def sweep_all(store: Store, blobs: Blobs) -> None:
 
 
 async def sweep_expired(store: Store, blobs: Blobs) -> None:
-    """Deletes the files whose time is over, and their bytes."""
+    """Deletes the files and ends the uploads whose time is over, and their bytes."""
     now = int(time.time())
+    if await store.read(lambda connection: uploads.has_expired(connection, now)):
+        await remove_unreferenced(store, blobs, await store.write(lambda c: uploads.expire_uploads(c, now)))
     if await store.read(lambda connection: files.has_expired(connection, now)):
         await remove_unreferenced(store, blobs, await store.write(lambda c: files.delete_expired(c, now)))
 

@@ -181,6 +181,124 @@ keys = Table(
     sqlite_autoincrement=True,
 )
 
+usage = Table(
+    "usage",
+    metadata,
+    _seq(),
+    Column("minute", BigInteger, nullable=False),  # its first second
+    _project(),
+    Column("key_id", Text, nullable=False),  # empty: no key was needed
+    Column("model", Text, nullable=False),
+    Column("kind", Text, nullable=False),  # completions | embeddings
+    Column("is_batch", Boolean, nullable=False),
+    Column("requests", BigInteger, nullable=False),
+    Column("input_tokens", BigInteger, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
+    Column("cached_tokens", BigInteger, nullable=False),
+    UniqueConstraint("minute", "project_id", "key_id", "model", "kind", "is_batch", name="uq_usage_slot"),
+    sqlite_autoincrement=True,
+)
+
+uploads = Table(
+    "uploads",
+    metadata,
+    _seq(),
+    Column("id", Text, nullable=False, unique=True),  # "upload_…"
+    _project(),
+    Column("created_at", BigInteger, nullable=False),
+    Column("filename", Text, nullable=False),
+    Column("purpose", Text, nullable=False),
+    Column("mime_type", Text, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("status", Text, nullable=False, index=True),  # pending | completed | cancelled | expired
+    Column("expires_at", BigInteger, nullable=False),
+    Column("expires_after_s", BigInteger),  # of the file that it becomes
+    Column("file_id", Text),
+    sqlite_autoincrement=True,
+)
+
+upload_parts = Table(
+    "upload_parts",
+    metadata,
+    _seq(),
+    Column("id", Text, nullable=False, unique=True),  # "part_…"
+    _project(),
+    Column("upload_id", Text, ForeignKey("uploads.id", ondelete="CASCADE"), nullable=False, index=True),
+    Column("created_at", BigInteger, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("digest", Text, nullable=False, index=True),  # of the blob
+    sqlite_autoincrement=True,
+)
+
+batches = Table(
+    "batches",
+    metadata,
+    _seq(),
+    Column("id", Text, nullable=False, unique=True),  # "batch_…"
+    _project(),
+    Column("created_at", BigInteger, nullable=False),
+    Column("endpoint", Text, nullable=False),
+    Column("input_file_id", Text, nullable=False),
+    Column("input_digest", Text, nullable=False, index=True),  # of the blob, which is kept until the batch is over
+    Column("completion_window", Text, nullable=False),
+    Column("expires_at", BigInteger, nullable=False),
+    Column("key_id", Text),  # on whose behalf; NULL: no key was needed
+    Column("metadata", Json),
+    Column("output_expires_after_s", BigInteger),
+    Column("status", Text, nullable=False, index=True),
+    Column("times", Json),  # state → when it was entered
+    Column("errors", Json),
+    Column("n_total", Integer, nullable=False),
+    Column("n_completed", Integer, nullable=False),
+    Column("n_failed", Integer, nullable=False),
+    Column("usage", Json),
+    Column("model", Text),
+    Column("output_file_id", Text),
+    Column("error_file_id", Text),
+    Index("ix_batches_listed", "project_id", "created_at", "seq"),
+    sqlite_autoincrement=True,
+)
+
+# Until a batch is over: then they are its files.
+batch_lines = Table(
+    "batch_lines",
+    metadata,
+    _seq(),
+    _project(),
+    Column("batch_id", Text, ForeignKey("batches.id", ondelete="CASCADE"), nullable=False),
+    Column("number", Integer, nullable=False),  # of the input's line, from 1
+    Column("failed", Boolean, nullable=False),
+    Column("text", Text, nullable=False),
+    UniqueConstraint("batch_id", "number"),
+    sqlite_autoincrement=True,
+)
+
+idempotency = Table(
+    "idempotency",
+    metadata,
+    _seq(),
+    _project(),
+    Column("key", Text, nullable=False),
+    Column("fingerprint", Text, nullable=False),
+    Column("object_id", Text, nullable=False),
+    Column("created_at", BigInteger, nullable=False, index=True),
+    UniqueConstraint("project_id", "key"),
+    sqlite_autoincrement=True,
+)
+
+permissions = Table(
+    "permissions",
+    metadata,
+    _seq(),
+    Column("id", Text, nullable=False, unique=True),  # "cp_…"
+    Column("created_at", BigInteger, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("project_id", Text, nullable=False),  # that may see it, beside its own
+    Column("deleted_at", BigInteger),
+    Index("ix_permissions_listed", "model", "created_at", "seq"),
+    sqlite_autoincrement=True,
+)
+
 # Chat completions that were asked for with "store": true.
 completions = Table(
     "completions",

@@ -61,6 +61,18 @@ def parse_purpose(text: str | None) -> str:
     return text
 
 
+def parse_expiry_object(value: Any, purpose: str) -> int | None:
+    """`expires_after` of a JSON body, {"anchor": "created_at", "seconds": N}; with the default of the purpose."""
+    if value is None:
+        return BATCH_EXPIRY_S if purpose == "batch" else None
+    if not isinstance(value, dict) or set(value) - {"anchor", "seconds"} or type(value.get("seconds")) is not int:
+        raise RequestError(
+            'expires_after must be {"anchor": "created_at", "seconds": N} with a whole number N', param="expires_after"
+        )
+    anchor = value.get("anchor")
+    return _parse_expiry(anchor if isinstance(anchor, str) else repr(anchor), str(value["seconds"]))
+
+
 def clean_filename(raw: bytes) -> str:
     """The name that a client gave, fit to be shown: no folders, no control characters. Nothing on disk is called so."""
     text = unicodedata.normalize("NFC", raw.decode("utf-8", "replace")).replace("%22", '"')
