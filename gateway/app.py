@@ -28,8 +28,10 @@ from gateway.routes import (
     embeddings,
     files,
     fine_tuning,
+    graders,
     health,
     models,
+    moderations,
     preview,
     responses,
     stored_completions,
@@ -53,6 +55,8 @@ ROUTES = [
     *models.routes,
     *files.routes,
     *fine_tuning.routes,
+    *graders.routes,
+    *moderations.routes,
     *preview.routes,
     *templates.routes,
     *uploads.routes,
@@ -78,7 +82,7 @@ def create_app(settings: Settings, data_dir: DataDir, read_settings: Callable[[]
             app.state.keyring, app.state.batches = house.keyring, house.batches
             house.batches.start(app)
             app.state.supervisor = house.supervisor
-            app.state.responses = house.responses
+            app.state.responses, app.state.graders = house.responses, house.graders
             app.state.templates, app.state.previews = house.templates, house.previews
             yield
         log.flush()

@@ -30,6 +30,7 @@ from gateway.engines.residents import Resident, Residents
 from gateway.engines.routing_metrics import register_routing
 from gateway.errors import EngineUnavailable, SettingsError, TunegateError
 from gateway.fleet import Fleet
+from gateway.grading.graders import Graders
 from gateway.inference import Inference
 from gateway.jobs.preview import Previews
 from gateway.jobs.supervisor import Supervisor
@@ -68,6 +69,7 @@ class House:
         self.catalog = Catalog(deadlines)
         self.meter = Meter()
         self.inference = Inference(self.catalog, limits.requests_in_flight, self.meter)
+        self.graders = Graders(self.inference)
         self.blobs = Blobs(data_dir.blobs)
         self.templates = Templates(settings.templates, self.catalog)
         self.previews = Previews()

@@ -72,6 +72,14 @@ ARROWS: dict[str, set[str]] = {
         "gateway.store",
         "gateway.wire",
     },
+    "gateway.grading": {
+        "gateway.access",
+        "gateway.chat",
+        "gateway.errors",
+        "gateway.inference",
+        "gateway.replies",
+        "gateway.wire",
+    },
     "gateway.jobs": {
         "gateway",
         "gateway.access",
@@ -89,6 +97,7 @@ ARROWS: dict[str, set[str]] = {
     "gateway.routes": {
         "gateway.access",
         "gateway.errors",
+        "gateway.grading",
         "gateway.inference",
         "gateway.jobs",
         "gateway.replies",
