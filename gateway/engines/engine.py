@@ -345,19 +345,22 @@ class Engine:
         witness: bool,
     ) -> None:
         """Loads (unless a taken-over worker has it already: a name never changes its meaning) and verifies."""
-        adapter = status.adapter
+        adapter, suspects = status.adapter, self._process.suspects
         try:
             if not self.takes_adapters:
                 raise AdapterRejected(NO_ADAPTERS)
             if adapter.engine_name not in loaded:
+                await suspects.enter(adapter.engine_name, self.pid)
                 await control.load_adapter(adapter.engine_name, self._path_there(adapter.path))
             if witness:
                 status.report = await verify(control, adapter, self.served_name, self._tolerances, max_items)
         except AdapterRejected as error:
             status.standing, status.error = Standing.UNSERVABLE, error
+            await suspects.leave(adapter.engine_name, served=False)
             await self._unload(control, adapter.engine_name)
             self._tell()
             raise
+        await suspects.leave(adapter.engine_name, served=True)
         if self._status.get(adapter.engine_name) is not status:  # dropped meanwhile
             await self._unload(control, adapter.engine_name)
         else:

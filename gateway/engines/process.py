@@ -26,6 +26,7 @@ from gateway.engines.client import Endpoint
 from gateway.engines.control import EngineControl
 from gateway.engines.handle import ProcessHandle, exit_text
 from gateway.engines.spawn import HOST, Launch, WorkerFailed, WorkerFolder
+from gateway.engines.suspects import Suspects
 from gateway.errors import EngineError, EngineUnavailable
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class WorkerProcess:
         self.state = State.STOPPED
         self.reason: str | None = None  # of the last failure, until it is ready again
         self.restarts = 0  # failures since `start`
+        self.suspects = Suspects(folder.path / "suspects.json")
         self._folder = folder
         self._on_up: OnUp = nothing_follows
         self._on_change: Callable[[], None] = lambda: None

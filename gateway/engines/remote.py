@@ -21,6 +21,7 @@ from typing import Any
 from gateway.engines.client import Endpoint
 from gateway.engines.control import EngineControl
 from gateway.engines.process import OnUp, State, Timings, nothing_follows
+from gateway.engines.suspects import Suspects
 from gateway.engines.vllm_dialect import greet_vllm
 from gateway.errors import EngineError
 
@@ -40,6 +41,7 @@ class RemoteEngine:
         self.reason: str | None = None
         self.restarts = 0  # how often it went away since `start`
         self.pid: int | None = None
+        self.suspects = Suspects(None)
         self._endpoint, self._served_name = endpoint, served_name
         self._timings = timings or Timings()
         self._greet = greet
