@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,7 @@ from gateway import __version__
 from gateway.errors import SettingsError
 from gateway.jobdir import Turns
 from gateway.models_command import cli as models_cli
-from gateway.settings import load_settings
+from gateway.settings import Settings, load_settings
 
 SWITCH_INTERVAL_S = 0.0005  # how long a thread that renders a long conversation may keep the event loop waiting
 
@@ -42,7 +43,12 @@ def serve(
     from gateway.templates import settings_entries
 
     try:
-        settings = load_settings(config, os.environ, {"host": host, "port": port, "data": data})
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until somebody is there who reads the settings again
+
+        def read_settings() -> Settings:
+            return load_settings(config, os.environ, {"host": host, "port": port, "data": data})
+
+        settings = read_settings()
         logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         for talkative in ("httpx", "alembic"):
             logging.getLogger(talkative).setLevel(logging.WARNING)
@@ -56,7 +62,7 @@ def serve(
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     server = uvicorn.Server(
         uvicorn.Config(
-            create_app(settings, data_dir),
+            create_app(settings, data_dir, read_settings),
             host=settings.host,
             port=settings.port,
             loop="uvloop",

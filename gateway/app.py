@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import orjson
@@ -21,6 +21,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.errors import BodyTooLarge, Forbidden, MethodNotAllowed, Misdirected, NotFound, RequestError, TunegateError
+from gateway.hangup import hangups
 from gateway.house import House
 from gateway.routes import chat, completions, embeddings, files, fine_tuning, health, models, preview, templates
 from gateway.routes.body import ClientLeft
@@ -42,12 +43,15 @@ ROUTES = [
 ]
 
 
-def create_app(settings: Settings, data_dir: DataDir) -> Starlette:
-    """The ASGI application on a data folder that this process holds; nothing starts before its lifespan begins."""
+def create_app(settings: Settings, data_dir: DataDir, read_settings: Callable[[], Settings] | None = None) -> Starlette:
+    """The ASGI application on a data folder that this process holds; nothing starts before its lifespan begins.
+
+    With `read_settings`, SIGHUP has them read again.
+    """
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with House(settings, data_dir) as house:
+        async with House(settings, data_dir, read_settings) as house, hangups(house.reload):
             app.state.settings = settings
             app.state.data_dir, app.state.store, app.state.blobs = house.data_dir, house.store, house.blobs
             app.state.catalog, app.state.inference = house.catalog, house.inference

@@ -7,18 +7,30 @@ on the gateway's loop.
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from gateway.bases import PreparedBase
 from gateway.engine_settings import EngineSettings, engines_of
-from gateway.engines.client import Endpoint
+from gateway.engines.catalog import Catalog
+from gateway.engines.client import Deadlines, Endpoint
 from gateway.engines.engine import Engine
 from gateway.engines.kinds import llama_engine, remote_engine, remote_llama_engine, vllm_engine
+from gateway.engines.llama_launch import LlamaLaunch
 from gateway.engines.memory import expected_memory
-from gateway.engines.pool import Pool, Replica
+from gateway.engines.pool import Pool
+from gateway.engines.replica import Replica
+from gateway.engines.spawn import WorkerFolder
+from gateway.engines.upstream import Upstream
+from gateway.errors import SettingsError
 from gateway.settings import LLAMA_SEQS, BaseSettings
+
+logger = logging.getLogger("tunegate")
+
+STRAY_GRACE_S = 6.0
+NO_LAUNCH = LlamaLaunch("", Path(), "")  # like which no worker was started
 
 
 @dataclass(frozen=True)
@@ -50,26 +62,48 @@ class Served:
     plans: dict[Replica, Plan]
 
 
-class Fleet:
-    """`pool` makes the engines of a base; `change` takes other settings."""
+@dataclass(frozen=True)
+class Step:
+    """What other settings mean for one base."""
 
-    def __init__(self, folder: Path, engines: list[EngineSettings]) -> None:
+    served: Served
+    stay: dict[Replica, Plan]
+    leave: list[Replica]
+    come: dict[Replica, Plan]
+
+
+class Fleet:
+    """`pool` makes the engines of a base, `open` the upstreams; `change` takes other settings; `close` at the end."""
+
+    def __init__(self, folder: Path, engines: list[EngineSettings], catalog: Catalog, deadlines: Deadlines) -> None:
         """`folder` (DATA/engines) keeps what each spawned engine needs to be taken over."""
         self._folder = folder
         self._engines = engines
+        self._catalog = catalog
+        self._deadlines = deadlines
         self._served: dict[str, Served] = {}
+        self._upstreams: dict[str, tuple[EngineSettings, Upstream]] = {}
         self._changing = asyncio.Lock()
 
-    def pool(self, name: str, settings: BaseSettings, prepared: PreparedBase, context: int) -> Pool:
-        """The replicas of a base that the settings ask for; none is started."""
+    async def open(self) -> None:
+        """From here on the catalog has the upstreams."""
+        await self._set_upstreams(self._engines)
+
+    async def close(self) -> None:
+        await asyncio.gather(*(upstream.close() for _, upstream in self._upstreams.values()))
+
+    async def pool(self, name: str, settings: BaseSettings, prepared: PreparedBase, context: int) -> Pool:
+        """The replicas of a base that the settings ask for; none is started, and those that were asked for once are ended."""
         served = Served(settings, prepared, context, Pool(name), {})
-        self._served[name] = served
-        for plan in plans_of(self._engines, name):
-            served.plans[self._make(served, plan)] = plan
+        plans = plans_of(self._engines, name)
+        served.plans.update({self._make(served, plan): plan for plan in plans})
         served.pool.replicas = tuple(served.plans)
+        self._served[name] = served
+        await self._end_strays(name, {plan.place for plan in plans})
         return served.pool
 
     def forget(self, name: str) -> None:
+        """A base that is not served any more."""
         self._served.pop(name, None)
 
     def memory_bytes(self, name: str) -> int:
@@ -83,23 +117,66 @@ class Fleet:
         return any(plan.url is None for plan in plans_of(self._engines, name))
 
     async def change(self, engines: list[EngineSettings]) -> None:
-        """Replicas come and go as other settings say. Returns when only last replies are waited for."""
-        async with self._changing:
-            self._engines = engines
-            await asyncio.gather(*(self._change(served) for served in self._served.values()))
+        """Replicas and upstreams come and go as other settings say. Returns when only last replies are waited for.
 
-    async def _change(self, served: Served) -> None:
-        wanted = plans_of(self._engines, served.pool.name)
-        leave = [replica for replica, plan in served.plans.items() if not any(plan.same(other) for other in wanted)]
-        for replica in leave:
-            del served.plans[replica]
-        come = []
-        for plan in wanted:
-            if not any(plan.same(other) for other in served.plans.values()):
-                come.append(replica := self._make(served, plan))
-                served.plans[replica] = plan
-        if leave or come:
-            await served.pool.change(leave, come)
+        Raises SettingsError, and nothing has changed, when an engine cannot be as they say.
+        """
+        async with self._changing:
+            steps = [self._step(served, engines) for served in self._served.values()]
+            self._engines = engines
+            await self._set_upstreams(engines)
+            await asyncio.gather(*(self._take(step) for step in steps if step.leave or step.come))
+
+    def _step(self, served: Served, engines: list[EngineSettings]) -> Step:
+        wanted = plans_of(engines, served.pool.name)
+        before = {plan.entry.kind for plan in served.plans.values()}
+        if before and wanted[0].entry.kind not in before:
+            raise SettingsError(
+                f"[[engines]]: {served.pool.name!r} is served by {before.pop()}; another kind needs other files, and is "
+                "taken at the next start only"
+            )
+        stay = {replica: plan for replica, plan in served.plans.items() if any(map(plan.same, wanted))}
+        leave = [replica for replica in served.plans if replica not in stay]
+        missing = [plan for plan in wanted if not any(map(plan.same, stay.values()))]
+        return Step(served, stay, leave, {self._make(served, plan): plan for plan in missing})
+
+    async def _take(self, step: Step) -> None:
+        served = step.served
+        served.plans.clear()
+        served.plans.update(step.stay | step.come)
+        await served.pool.change(step.leave, list(step.come))
+
+    async def _set_upstreams(self, engines: list[EngineSettings]) -> None:
+        """One whose entry is as before stays as it is; one that is gone answers its last requests."""
+        before = self._upstreams
+        self._upstreams = {}
+        for entry in engines:
+            if entry.kind == "upstream":
+                known = before.get(entry.model)
+                if known is None or known[0] != entry:
+                    made = await asyncio.to_thread(
+                        Upstream, entry.model, entry.urls, entry.key, entry.served_name, self._deadlines
+                    )
+                    known = (entry, made)
+                self._upstreams[entry.model] = known
+        self._catalog.set_upstreams(upstream for _, upstream in self._upstreams.values())
+        for name, (_, upstream) in before.items():
+            if self._upstreams.get(name, (None, None))[1] is not upstream:
+                await upstream.retire()
+
+    async def _end_strays(self, name: str, wanted: set[int]) -> None:
+        """Ends the workers that an earlier start left in places that nobody has any more."""
+        folder = self._folder / name
+        places = {1: folder} | {int(path.name[1:]): path for path in folder.glob("@*") if path.name[1:].isdigit()}
+        for path in [path for place, path in places.items() if place not in wanted]:
+            worker = WorkerFolder(path)
+            _, strays = await asyncio.to_thread(worker.find_worker, NO_LAUNCH)
+            for handle in strays:
+                logger.info("engine %s: ends process %d, which no settings ask for any more", name, handle.pid)
+                handle.watch()
+                await handle.end(STRAY_GRACE_S)
+                await asyncio.to_thread(worker.end_orphans, handle)
+                handle.close()
 
     def _make(self, served: Served, plan: Plan) -> Replica:
         served_name = plan.entry.served_name

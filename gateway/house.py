@@ -9,9 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
 from typing import Self
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, start_http_server
 
 from gateway.bases import PreparedBase, prepare, read_base
 from gateway.chat.bundle import Bundle
@@ -21,13 +26,14 @@ from gateway.engines.client import Deadlines
 from gateway.engines.memory import planned_context
 from gateway.engines.pool import Pool
 from gateway.engines.residents import Resident, Residents
+from gateway.engines.routing_metrics import register_routing
 from gateway.errors import EngineUnavailable, SettingsError, TunegateError
 from gateway.fleet import Fleet
 from gateway.inference import Inference
 from gateway.jobs.preview import Previews
 from gateway.jobs.supervisor import Supervisor
 from gateway.models import added_names, is_added
-from gateway.settings import LLAMA_SEQS, BaseSettings, Settings
+from gateway.settings import LLAMA_SEQS, BaseSettings, Settings, changed_names
 from gateway.store import models as model_statements
 from gateway.store.blobs import Blobs
 from gateway.store.database import Store
@@ -39,22 +45,31 @@ from gateway.templates import Templates
 logger = logging.getLogger("tunegate")
 
 WATCH_S = 2.0
+METRICS_HOST = "127.0.0.1"
 
 
 class House:
     """Everything that `app.py` hands to the routes. `async with` opens and closes it."""
 
-    def __init__(self, settings: Settings, data_dir: DataDir) -> None:
+    def __init__(
+        self, settings: Settings, data_dir: DataDir, read_settings: Callable[[], Settings] | None = None
+    ) -> None:
+        """`read_settings` reads the settings again, for SIGHUP."""
         self.settings = settings
+        self.registry = CollectorRegistry()
+        self._read_settings = read_settings
         self.data_dir = data_dir
         limits = settings.limits
-        self.catalog = Catalog(Deadlines(limits.first_token_s, limits.between_tokens_s))
+        deadlines = Deadlines(limits.first_token_s, limits.between_tokens_s)
+        self.catalog = Catalog(deadlines)
         self.inference = Inference(self.catalog, limits.requests_in_flight)
         self.blobs = Blobs(data_dir.blobs)
         self.templates = Templates(settings.templates, self.catalog)
         self.previews = Previews()
         self.residents = Residents(limits.engine_memory_bytes, limits.engine_start_s)
-        self.fleet = Fleet(data_dir.engines, settings.engines)
+        self.fleet = Fleet(data_dir.engines, settings.engines, self.catalog, deadlines)
+        register_routing(self.registry, self.catalog)
+        self._metrics: tuple[WSGIServer, Thread] | None = None
         self._bundles: dict[str, Bundle] = {}
         self._starting: dict[str, asyncio.Task[None]] = {}
 
@@ -63,6 +78,9 @@ class House:
         await sweep_all(self.store, self.blobs)
         await self.templates.open(self.store)
         self.supervisor = Supervisor(self.store, self.blobs, self.data_dir, self.settings, self.catalog, self.engine)
+        await self.fleet.open()
+        if self.settings.metrics_port is not None:
+            self._metrics = start_http_server(self.settings.metrics_port, METRICS_HOST, self.registry)
         self.residents.start()
         for name, base in self.settings.bases.items():
             if base.path is not None:
@@ -82,6 +100,12 @@ class House:
         self.templates.close()
         self.catalog.close()
         await self.residents.stop()
+        await self.fleet.close()
+        if self._metrics is not None:
+            server, thread = self._metrics
+            await asyncio.to_thread(server.shutdown)
+            server.server_close()
+            await asyncio.to_thread(thread.join)
         await asyncio.to_thread(self.store.close)
 
     def starting(self) -> list[str]:
@@ -94,6 +118,22 @@ class House:
         if engine is None:
             raise EngineUnavailable(f"the base '{base}' is not started (yet)", retry_after_s=2)
         return engine
+
+    async def reload(self) -> None:
+        """Takes [[engines]] as the settings have it now; what else has changed is named. Bad settings change nothing."""
+        if self._read_settings is None:
+            return
+        try:
+            settings = await asyncio.to_thread(self._read_settings)
+            if later := changed_names(self.settings, settings):
+                logger.warning("Of the settings that changed, these are taken at the next start: %s", ", ".join(later))
+            await self.fleet.change(settings.engines)
+        except SettingsError as error:
+            logger.error("The settings were not taken, and those before stay: %s", error.message)
+            return
+        for base in self.catalog.bases:
+            self.residents.resize(base.name, self.fleet.memory_bytes(base.name))
+        logger.info("[[engines]] is as the settings have it now")
 
     def _begin(self, name: str, settings: BaseSettings) -> None:
         self._starting[name] = asyncio.create_task(self._start_base(name, settings), name=f"start {name}")
@@ -146,7 +186,7 @@ class House:
         )
 
     async def _make_engine(self, name: str, settings: BaseSettings, prepared: PreparedBase, context: int) -> Pool:
-        engine = self.fleet.pool(name, settings, prepared, context)
+        engine = await self.fleet.pool(name, settings, prepared, context)
         rows = await self.store.read(lambda connection: model_statements.of_base(connection, name))
         engine.set_desired(Adapter(row.engine_name, Path(row.adapter_path), name, row.adapter_digest) for row in rows)
         return engine

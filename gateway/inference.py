@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,6 +153,17 @@ class Inference:
         self.in_flight += 1
         try:
             return await embed(served, inputs)
+        finally:
+            self.in_flight -= 1
+
+    @asynccontextmanager
+    async def passing(self) -> AsyncIterator[None]:
+        """A request that is passed on to an upstream, counted among those under way. Raises RateLimited."""
+        if self.in_flight >= self._limit:
+            raise RateLimited(f"{self._limit} requests are being answered; try again shortly", retry_after_s=1)
+        self.in_flight += 1
+        try:
+            yield
         finally:
             self.in_flight -= 1
 

@@ -85,6 +85,7 @@ class Settings(Section, frozen=True):
 
     host: str = "127.0.0.1"
     port: int = 8000
+    metrics_port: int | None = None  # of /metrics, on loopback; None: it is not served
     data: str = ""
     organization: str = "local"
     log_level: str = "info"
@@ -121,6 +122,12 @@ def load_settings(config: Path | None, environ: Mapping[str, str], overrides: Ma
     except msgspec.ValidationError as error:
         raise SettingsError(f"{where}: {error}; the README lists every setting") from error
     return _complete(settings, config, environ)
+
+
+def changed_names(before: Settings, after: Settings) -> list[str]:
+    """The names at the top level whose values differ, but for `engines`, which is taken while the server runs."""
+    names = [field.name for field in msgspec.structs.fields(Settings) if field.name != "engines"]
+    return [name for name in names if getattr(before, name) != getattr(after, name)]
 
 
 def _add_environment(raw: dict[str, Any], environ: Mapping[str, str]) -> None:

@@ -70,7 +70,7 @@ async def client(
             Base(name, bundle, pool_of(RunningEngine(worker), name="base"), "base", 512, 1, cast(Any, None))
         )
     app = Starlette(routes=embeddings.routes, exception_handlers={TunegateError: tell})  # type: ignore[dict-item]
-    app.state.inference = Inference(catalog, 8)
+    app.state.inference, app.state.catalog = Inference(catalog, 8), catalog
     app.state.settings = SimpleNamespace(limits=SimpleNamespace(body_bytes=1_000_000))
     transport = httpx.ASGITransport(app)
     async with AsyncOpenAI(

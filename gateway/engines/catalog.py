@@ -9,6 +9,7 @@ from gateway.bases import PreparedBase
 from gateway.chat.bundle import Bundle
 from gateway.engines.client import Deadlines, EngineClient
 from gateway.engines.pool import Pool
+from gateway.engines.upstream import Upstream
 from gateway.errors import EngineUnavailable, ModelNotFound, RequestError
 
 
@@ -62,6 +63,7 @@ class Catalog:
         self._aliases: dict[str, str] = {}
         self._served: dict[str, Served] = {}
         self._tuned: set[str] = set()
+        self._upstreams: dict[str, Upstream] = {}
 
     def add_base(self, base: Base, aliases: Iterable[str] = ()) -> None:
         """Serves a base under its name and its aliases."""
@@ -88,6 +90,18 @@ class Catalog:
         self._aliases = {alias: base for alias, base in self._aliases.items() if base != name}
         for gone in [served.name for served in self._served.values() if served.base == name]:
             self.withdraw(gone)
+
+    def set_upstreams(self, upstreams: Iterable[Upstream]) -> None:
+        """The models that other servers answer for, in place of those before."""
+        self._upstreams = {upstream.name: upstream for upstream in upstreams}
+
+    def upstream(self, name: object) -> Upstream | None:
+        """The upstream of that name; None for every other model."""
+        return self._upstreams.get(name) if isinstance(name, str) else None
+
+    @property
+    def upstreams(self) -> list[Upstream]:
+        return list(self._upstreams.values())
 
     def rebundle(self, name: str, bundle: Bundle) -> None:
         """Renders a base, under all its names, through another bundle from now on; its tuned models keep theirs."""
@@ -120,7 +134,7 @@ class Catalog:
         """What serves `name`. Raises ModelNotFound; EngineUnavailable for an adapter that its engine does not serve now."""
         served = self._served.get(name)
         if served is None:
-            raise ModelNotFound(name)
+            raise self._unknown(name)
         if name in self._tuned:
             engine = self._bases[served.base].engine
             if engine.ready and not engine.serves(served.engine_model):
@@ -133,7 +147,7 @@ class Catalog:
         """What is known of `name`, whether or not its engine can be asked now. Raises ModelNotFound."""
         served = self._served.get(name)
         if served is None:
-            raise ModelNotFound(name)
+            raise self._unknown(name)
         return served
 
     def base_for_tuning(self, name: str) -> Base:
@@ -144,12 +158,21 @@ class Catalog:
             )
         base = self._aliases.get(name)
         if base is None:
-            raise ModelNotFound(name)
+            raise self._unknown(name)
         return self._bases[base]
 
     def base(self, name: str) -> Base:
         """The base of that very name. Raises KeyError."""
         return self._bases[name]
+
+    def _unknown(self, name: str) -> RequestError:
+        if name in self._upstreams:
+            return RequestError(
+                f"'{name}' is answered for by another server, which is only passed chat, completions and embeddings; it "
+                f"cannot be tuned or looked into here. Bases are: {', '.join(self._bases)}",
+                param="model",
+            )
+        return ModelNotFound(name)
 
     def is_tuned(self, name: str) -> bool:
         return name in self._tuned

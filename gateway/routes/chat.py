@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.inference import CallDelta, Delta, Generation, Inference, TokenLogprob
 from gateway.routes.body import parse_json, read_body
+from gateway.routes.passing import pass_on
 from gateway.routes.reply import DONE, Departure, new_id, send_events, send_json
 from gateway.wire import chat as wire
 
@@ -21,7 +22,10 @@ class ChatCompletions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = scope["app"].state
         inference: Inference = state.inference
-        request = wire.parse(parse_json(await read_body(receive, state.settings.limits.body_bytes)))
+        body = parse_json(await read_body(receive, state.settings.limits.body_bytes))
+        if (upstream := state.catalog.upstream(body.get("model"))) is not None:
+            return await pass_on(inference, upstream, "/chat/completions", body, receive, send)
+        request = wire.parse(body)
         generation = await inference.chat(
             request.model,
             request.messages,
@@ -36,9 +40,9 @@ class ChatCompletions:
             if request.stream:
                 await send_events(send, _events(request, generation))
             else:
-                body = await _whole(request, generation)
+                reply = await _whole(request, generation)
                 if not departure.gone:
-                    await send_json(send, body)
+                    await send_json(send, reply)
         finally:
             departure.over()
             generation.cancel()

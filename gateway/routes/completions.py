@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.errors import RequestError
 from gateway.inference import Delta, Generation, Inference, TokenLogprob
 from gateway.routes.body import parse_json, read_body
+from gateway.routes.passing import pass_on
 from gateway.routes.reply import DONE, Departure, new_id, send_events, send_json
 from gateway.wire import completions as wire
 from gateway.wire.chat import Usage
@@ -26,7 +27,10 @@ class Completions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = scope["app"].state
         inference: Inference = state.inference
-        request = wire.parse(parse_json(await read_body(receive, state.settings.limits.body_bytes)))
+        asked = parse_json(await read_body(receive, state.settings.limits.body_bytes))
+        if (upstream := state.catalog.upstream(asked.get("model"))) is not None:
+            return await pass_on(inference, upstream, "/completions", asked, receive, send)
+        request = wire.parse(asked)
         generations: list[Generation] = []
 
         def cancel() -> None:

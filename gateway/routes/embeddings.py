@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import asyncio
 
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from gateway.inference import Inference
-from gateway.routes.body import read_json
+from gateway.routes.body import parse_json, read_body
+from gateway.routes.passing import pass_on
+from gateway.routes.reply import send_json
 from gateway.wire import embeddings as wire
 
 
-async def create_embeddings(request: Request) -> Response:
+class CreateEmbeddings:
     """Parse → embed → respond."""
-    state = request.app.state
-    inference: Inference = state.inference
-    asked = wire.parse(await read_json(request, state.settings.limits.body_bytes))
-    made = await inference.embed(asked.model, asked.inputs)
-    body = await asyncio.to_thread(wire.embeddings, asked, made.vectors, made.prompt_tokens)
-    return Response(body, media_type="application/json")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        state = scope["app"].state
+        inference: Inference = state.inference
+        body = parse_json(await read_body(receive, state.settings.limits.body_bytes))
+        if (upstream := state.catalog.upstream(body.get("model"))) is not None:
+            return await pass_on(inference, upstream, "/embeddings", body, receive, send)
+        asked = wire.parse(body)
+        made = await inference.embed(asked.model, asked.inputs)
+        await send_json(send, await asyncio.to_thread(wire.embeddings, asked, made.vectors, made.prompt_tokens))
 
 
-routes = [Route("/v1/embeddings", create_embeddings, methods=["POST"])]
+routes = [Route("/v1/embeddings", CreateEmbeddings(), methods=["POST"])]

@@ -13,24 +13,29 @@ from gateway.wire.models import deleted_body, model_body
 
 
 async def list_models(request: Request) -> Response:
-    served = request.app.state.catalog.models()
-    data = [model_body(model.name, model.created_at, model.owned_by) for model in served]
+    catalog = request.app.state.catalog
+    listed = [*catalog.models(), *catalog.upstreams]
+    data = [model_body(model.name, model.created_at, model.owned_by) for model in listed]
     return JSONResponse({"object": "list", "data": data})
 
 
 async def retrieve_model(request: Request) -> Response:
-    served = request.app.state.catalog.model(request.path_params["model"])
+    catalog, name = request.app.state.catalog, request.path_params["model"]
+    served = catalog.upstream(name) or catalog.model(name)
     return JSONResponse(model_body(served.name, served.created_at, served.owned_by))
 
 
 async def delete_model(request: Request) -> Response:
     """Gone at once for new requests; replies that run are finished."""
     state, name = request.app.state, request.path_params["model"]
-    served = state.catalog.model(name)
     if not state.catalog.is_tuned(name):
+        if state.catalog.upstream(name) is None:
+            state.catalog.model(name)  # raises ModelNotFound
         raise Forbidden(
-            f"'{name}' is not a tuned model; bases and aliases are removed in the settings file", param="model"
+            f"'{name}' is not a tuned model; bases, aliases and upstreams are removed in the settings file",
+            param="model",
         )
+    served = state.catalog.model(name)
     project = project_of(request)
     if not await state.store.write(lambda connection: statements.delete(connection, project, name)):
         raise ModelNotFound(name)

@@ -207,7 +207,7 @@ class House:
         self.engines["chatml"] = Engine(make_bundle("chatml", byte_level(), []))  # type: ignore[index]
         app = Starlette(routes=chat.routes, exception_handlers={TunegateError: tell})  # type: ignore[dict-item]
         self._catalog = catalog = Catalog(Deadlines(5, 5))
-        app.state.inference = Inference(catalog, 64)
+        app.state.inference, app.state.catalog = Inference(catalog, 64), catalog
         app.state.settings = SimpleNamespace(limits=SimpleNamespace(body_bytes=1_000_000))
         for name, engine in self.engines.items():
             catalog.add_base(

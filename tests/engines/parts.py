@@ -19,8 +19,9 @@ from gateway.engines.adapters import Adapter, file_digest, immutable_name, manif
 from gateway.engines.client import Endpoint
 from gateway.engines.control import EngineControl
 from gateway.engines.engine import Engine
-from gateway.engines.pool import Pool, Replica
+from gateway.engines.pool import Pool
 from gateway.engines.process import Timings
+from gateway.engines.replica import Replica
 from gateway.engines.witness import Tolerances
 from gateway.jobdir import ADAPTER_FILES, process_start_time
 from tests.tiny_gguf import Shape, write_tiny_gguf, write_tiny_lora
