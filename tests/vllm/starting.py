@@ -25,6 +25,16 @@ ORACLE = ("--enable-scale-out", "--trust-request-chat-template")
 # Several share two cores: none binds itself to one.
 VARIABLES = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
+COUNTS = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
+# `vicuna_v1.1` as a Jinja template, for vLLM's own rendering.
+VICUNA = """{{ bos_token }}{%- if messages[0].role == 'system' -%}{{ messages[0].content }}{%- else -%}\
+A chat between a curious user and an artificial intelligence assistant. \
+The assistant gives helpful, detailed, and polite answers to the user's questions.{%- endif -%}
+{%- for m in messages -%}
+{%- if m.role == 'user' -%}{{ ' USER: ' + m.content }}
+{%- elif m.role == 'assistant' -%}{{ ' ASSISTANT: ' + m.content + '</s>' }}{%- endif -%}
+{%- endfor -%}{{ (' ' if messages[-1].role != 'assistant' else '') + 'ASSISTANT:' }}"""
+
 
 def vllm_of(base: PreparedBase, folder: Path, python: str) -> Engine:
     """Not started yet."""
@@ -56,6 +66,27 @@ async def ask(endpoint: Endpoint, path: str, body: dict[str, Any] | None = None)
     async with httpx.AsyncClient(timeout=60, headers={"Authorization": f"Bearer {endpoint.key}"}) as client:
         url = f"http://{endpoint.host}:{endpoint.port}{path}"
         return await (client.get(url) if body is None else client.post(url, json=body))
+
+
+def replicas(folder: Path) -> list[Endpoint]:
+    """The vLLMs that a gateway has started for a base, by the folder that it keeps of them."""
+    found = []
+    for record in sorted(folder.glob("**/spawn.json")):
+        port = json.loads(record.read_bytes())["port"]
+        found.append(Endpoint("127.0.0.1", port, record.with_name("key").read_text()))
+    return found
+
+
+def running(endpoints: list[Endpoint]) -> int:
+    """How many requests they have, at work or waiting."""
+    count = 0.0
+    for endpoint in endpoints:
+        headers = {"Authorization": f"Bearer {endpoint.key}"}
+        text = httpx.get(f"http://{endpoint.host}:{endpoint.port}/metrics", headers=headers).text
+        lines = [line for line in text.splitlines() if line.startswith(COUNTS)]
+        assert len(lines) == len(COUNTS), text
+        count += sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+    return int(count)
 
 
 async def main(spec: dict[str, Any]) -> None:
