@@ -25,6 +25,7 @@ from gateway.routes import (
     chat,
     completions,
     embeddings,
+    evals,
     files,
     fine_tuning,
     graders,
@@ -55,6 +56,7 @@ ROUTES = [
     *files.routes,
     *fine_tuning.routes,
     *graders.routes,
+    *evals.routes,
     *moderations.routes,
     *preview.routes,
     *templates.routes,
@@ -78,7 +80,7 @@ def create_app(settings: Settings, data_dir: DataDir) -> Starlette:
             app.state.keyring, app.state.batches = house.keyring, house.batches
             house.batches.start(app)
             app.state.supervisor = house.supervisor
-            app.state.responses, app.state.graders = house.responses, house.graders
+            app.state.responses, app.state.graders, app.state.evals = house.responses, house.graders, house.evals
             app.state.templates, app.state.previews = house.templates, house.previews
             yield
         log.flush()

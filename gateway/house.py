@@ -24,6 +24,7 @@ from gateway.engines.engine import Engine
 from gateway.engines.memory import expected_memory, planned_context
 from gateway.engines.residents import Resident, Residents
 from gateway.errors import EngineUnavailable, SettingsError, TunegateError
+from gateway.evals.runner import EvalRunner
 from gateway.grading.graders import Graders
 from gateway.inference import Inference
 from gateway.jobs.preview import Previews
@@ -82,6 +83,7 @@ class House:
         self.supervisor = Supervisor(self.store, self.blobs, self.data_dir, self.settings, self.catalog, self.engine)
         self.residents.start()
         self.responses = Responses(self.store, self.inference)
+        self.evals = EvalRunner(self.store, self.blobs, self.inference, self.graders)
         for name, base in self.settings.bases.items():
             if base.path is not None:
                 self._begin(name, base)
@@ -89,6 +91,7 @@ class House:
         self._metering = asyncio.create_task(self.meter.run(self.store), name="usage")
         await self.supervisor.start()
         await self.responses.start()
+        await self.evals.start()
         return self
 
     async def __aexit__(
@@ -99,6 +102,7 @@ class House:
             task.cancel()
         await asyncio.gather(*starting, return_exceptions=True)
         await self.batches.stop()
+        await self.evals.stop()
         await self.responses.stop()
         await self.supervisor.stop()
         self.templates.close()

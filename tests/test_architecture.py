@@ -62,6 +62,15 @@ ARROWS: dict[str, set[str]] = {
         "gateway.store",
         "gateway.wire",
     },
+    "gateway.evals": {
+        "gateway.access",
+        "gateway.errors",
+        "gateway.grading",
+        "gateway.inference",
+        "gateway.replies",
+        "gateway.store",
+        "gateway.wire",
+    },
     "gateway.grading": {
         "gateway.access",
         "gateway.chat",
@@ -87,6 +96,7 @@ ARROWS: dict[str, set[str]] = {
     "gateway.routes": {
         "gateway.access",
         "gateway.errors",
+        "gateway.evals",
         "gateway.grading",
         "gateway.inference",
         "gateway.jobs",
