@@ -26,6 +26,7 @@ from gateway.routes import (
     chat,
     completions,
     embeddings,
+    evals,
     files,
     fine_tuning,
     graders,
@@ -56,6 +57,7 @@ ROUTES = [
     *files.routes,
     *fine_tuning.routes,
     *graders.routes,
+    *evals.routes,
     *moderations.routes,
     *preview.routes,
     *templates.routes,
@@ -82,7 +84,7 @@ def create_app(settings: Settings, data_dir: DataDir, read_settings: Callable[[]
             app.state.keyring, app.state.batches = house.keyring, house.batches
             house.batches.start(app)
             app.state.supervisor = house.supervisor
-            app.state.responses, app.state.graders = house.responses, house.graders
+            app.state.responses, app.state.graders, app.state.evals = house.responses, house.graders, house.evals
             app.state.templates, app.state.previews = house.templates, house.previews
             yield
         log.flush()

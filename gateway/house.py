@@ -29,6 +29,7 @@ from gateway.engines.pool import Pool
 from gateway.engines.residents import Resident, Residents
 from gateway.engines.routing_metrics import register_routing
 from gateway.errors import EngineUnavailable, SettingsError, TunegateError
+from gateway.evals.runner import EvalRunner
 from gateway.fleet import Fleet
 from gateway.grading.graders import Graders
 from gateway.inference import Inference
@@ -101,6 +102,7 @@ class House:
             self._metrics = start_http_server(self.settings.metrics_port, METRICS_HOST, self.registry)
         self.residents.start()
         self.responses = Responses(self.store, self.inference)
+        self.evals = EvalRunner(self.store, self.blobs, self.inference, self.graders)
         for name, base in self.settings.bases.items():
             if base.path is not None:
                 self._begin(name, base)
@@ -108,6 +110,7 @@ class House:
         self._metering = asyncio.create_task(self.meter.run(self.store), name="usage")
         await self.supervisor.start()
         await self.responses.start()
+        await self.evals.start()
         return self
 
     async def __aexit__(
@@ -118,6 +121,7 @@ class House:
             task.cancel()
         await asyncio.gather(*starting, return_exceptions=True)
         await self.batches.stop()
+        await self.evals.stop()
         await self.responses.stop()
         await self.supervisor.stop()
         self.templates.close()

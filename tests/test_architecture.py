@@ -72,6 +72,15 @@ ARROWS: dict[str, set[str]] = {
         "gateway.store",
         "gateway.wire",
     },
+    "gateway.evals": {
+        "gateway.access",
+        "gateway.errors",
+        "gateway.grading",
+        "gateway.inference",
+        "gateway.replies",
+        "gateway.store",
+        "gateway.wire",
+    },
     "gateway.grading": {
         "gateway.access",
         "gateway.chat",
@@ -97,6 +106,7 @@ ARROWS: dict[str, set[str]] = {
     "gateway.routes": {
         "gateway.access",
         "gateway.errors",
+        "gateway.evals",
         "gateway.grading",
         "gateway.inference",
         "gateway.jobs",

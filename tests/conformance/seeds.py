@@ -11,6 +11,7 @@ from pathlib import Path
 from sqlalchemy import Connection, create_engine, delete, event, insert, select
 
 from gateway.store import tables
+from gateway.wire.evals import sample_object
 
 CREATED_AT = 1_760_000_000
 _INPUT = {
@@ -109,6 +110,53 @@ def _rows(connection: Connection, file_id: str) -> dict[str, list[dict[str, obje
                 "body": {**_RESPONSE, "id": name},
             }
             for name in ("resp_677efb5139a88190b512bc3fef8e535d", "previous_response_id", "resp_123", "response_id")
+        ],
+        "evals": [
+            {
+                "id": "eval_id",
+                "created_at": CREATED_AT,
+                "updated_at": CREATED_AT,
+                "name": "seeded",
+                "data_source_config": {"type": "custom", "schema": {"type": "object"}},
+                "testing_criteria": [
+                    {
+                        "type": "string_check",
+                        "name": "same",
+                        "input": "{{ item.foo }}",
+                        "reference": "bar",
+                        "operation": "eq",
+                    }
+                ],
+                "metadata": None,
+            }
+        ],
+        "eval_runs": [
+            {
+                "id": "run_id",
+                "created_at": CREATED_AT,
+                "eval_id": "eval_id",
+                "name": "seeded",
+                "model": "",
+                "data_source": {
+                    "type": "jsonl",
+                    "source": {"type": "file_content", "content": [{"item": {"foo": "bar"}}]},
+                },
+                "status": "canceled",
+                "n_items": 1,
+            }
+        ],
+        "eval_items": [
+            {
+                "id": "output_item_id",
+                "created_at": CREATED_AT,
+                "run_id": "run_id",
+                "number": 0,
+                "status": "pass",
+                "item": {"foo": "bar"},
+                "sample": sample_object(),
+                "results": [{"name": "same", "passed": True, "score": 1.0}],
+                "usage": {},
+            }
         ],
         "files": [{**uploaded, "id": name} for name in named],
         "jobs": [
