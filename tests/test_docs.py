@@ -105,10 +105,11 @@ def test_python_examples_of_the_readme_run(number: int, server: Server) -> None:
 def test_settings_example_of_the_readme_is_taken(tmp_path: Path) -> None:
     from gateway.settings import load_settings
 
-    (example,) = code_blocks("toml")
+    bases, engines = code_blocks("toml")
     config = tmp_path / "tunegate.toml"
-    config.write_text(example)
-    settings = load_settings(config, {}, {})
+    config.write_text(bases + engines)
+    settings = load_settings(config, {"JUDGE_KEY": "secret"}, {})
+    assert [engine.model for engine in settings.engines] == ["my-llama", "judge"]
     assert settings.bases["my-llama"].path == str((tmp_path / "models" / "my-llama").resolve())
     assert settings.aliases == {"gpt-4o-mini-2024-07-18": "my-llama"}
 

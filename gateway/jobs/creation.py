@@ -175,8 +175,8 @@ def _find_file(connection: Connection, file_id: str, param: str, project_id: str
 def _tunable(base: Base) -> Base:
     if not base.engine.takes_adapters:
         raise RequestError(
-            f"'{base.name}' is served by an engine that runs elsewhere, which cannot be given adapters yet. Tune a base "
-            "without `engine_url` in the settings.",
+            f"'{base.name}' is served by engines that take no tuned models while they run; tune another base, or have its "
+            "vLLM started with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
             param="model",
         )
     if base.prepared.untrainable is not None:
