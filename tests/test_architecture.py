@@ -48,7 +48,9 @@ ARROWS: dict[str, set[str]] = {
     | {"gateway.store", "gateway.chat"},
     "gateway.templates": {"gateway.chat", "gateway.engines", "gateway.errors", "gateway.settings", "gateway.store"}
     | {"gateway.wire"},
-    "gateway.models": {"gateway", "gateway.bases", "gateway.errors", "gateway.jobdir", "gateway.store"},
+    "gateway.model_source": {"gateway.errors"},
+    "gateway.models": {"gateway", "gateway.bases", "gateway.errors", "gateway.jobdir", "gateway.store"}
+    | {"gateway.model_source"},
     "gateway.terminal": {"gateway.bases", "gateway.errors"},
     "gateway.routes": {"gateway.errors", "gateway.inference", "gateway.jobs", "gateway.settings", "gateway.store"}
     | {"gateway.templates", "gateway.wire"},
