@@ -120,7 +120,7 @@ class House:
             for row in await self.store.read(lambda connection: model_statements.of_base(connection, name)):
                 await self.publish(row)
             if isinstance(engine, Engine):
-                await self.residents.add(_resident(engine, settings, prepared, context))
+                await self.residents.add(await asyncio.to_thread(_resident, engine, settings, prepared, context))
                 if engine.started:
                     await engine.wait_ready(600)
             rests = isinstance(engine, Engine) and engine.resting
@@ -156,6 +156,8 @@ class House:
             context=context if prepared.kv_bytes_per_token or settings.context_length else None,
             max_seqs=settings.max_seqs,
             threads=settings.threads,
+            prefix_cache_mib=settings.prefix_cache_mib,
+            adapters_in_memory=settings.adapters_in_memory,
         )
         rows = await self.store.read(lambda connection: model_statements.of_base(connection, name))
         engine.set_desired(Adapter(row.engine_name, Path(row.adapter_path), name, row.adapter_digest) for row in rows)
@@ -214,7 +216,14 @@ def _added(bases: Path) -> dict[str, tuple[int, int]]:
 def _resident(engine: Engine, settings: BaseSettings, prepared: PreparedBase, context: int) -> Resident:
     return Resident(
         engine,
-        expected_memory(prepared, context, settings.max_seqs),
+        expected_memory(
+            prepared,
+            context,
+            settings.max_seqs,
+            settings.prefix_cache_mib,
+            settings.adapters_in_memory,
+            [status.adapter.path for status in list(engine.adapters.values())],
+        ),
         on_demand=settings.start == "on_demand" or (settings.start is None and settings.path is None),
         idle_unload_s=settings.idle_unload_s or None,
     )

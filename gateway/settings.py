@@ -10,7 +10,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -18,6 +18,9 @@ from gateway.errors import SettingsError
 
 DEMO_MODEL = "tunegate-demo"
 DEMO_MODEL_PATH = Path(__file__).resolve().parent.parent / "deploy" / "demo_model"
+
+CacheMiB = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
+AdapterCount = Annotated[int, msgspec.Meta(ge=1, le=4096)]
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -34,6 +37,8 @@ class BaseSettings(Section, frozen=True):
     context_length: int | None = None  # None: what the model's config says
     max_seqs: int = 8  # sequences in one batch
     threads: int | None = None  # None: all processors
+    prefix_cache_mib: CacheMiB = 512  # for prompts that were computed before; 0: none
+    adapters_in_memory: AdapterCount = 16  # of the tuned models; the others are loaded when they are asked for
     start: Literal["always", "on_demand"] | None = None  # None: always, or on demand when it was added
     idle_unload_s: float = 900.0  # of one that is started on demand; 0: never
     engine_url: str | None = None  # an engine that already runs, http://HOST:PORT, instead of a spawned worker

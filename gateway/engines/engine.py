@@ -59,6 +59,8 @@ class Engine:
         context: int | None = None,
         max_seqs: int = 8,
         threads: int | None = None,
+        prefix_cache_mib: int = 512,
+        adapters_in_memory: int = 16,
         command: tuple[str, ...] = WORKER_COMMAND,
         timings: Timings | None = None,
         tolerances: Tolerances | None = None,
@@ -78,7 +80,8 @@ class Engine:
         self._bring: Callable[[], Awaitable[None]] | None = None
         self.uses = 0  # requests and loads that are under way
         self.used_at = time.monotonic()  # when the last of them ended
-        self._spec = WorkerSpec(base.name, base.gguf, base.digest, context, max_seqs, threads, command)
+        kept = prefix_cache_mib, adapters_in_memory
+        self._spec = WorkerSpec(base.name, base.gguf, base.digest, context, max_seqs, threads, *kept, command)
         self._folder = WorkerFolder(folder)
         self._process = WorkerProcess(self._spec, self._folder, self._on_up, self._on_process_change, timings)
 

@@ -44,6 +44,8 @@ class WorkerSpec:
     context: int | None = None  # tokens a sequence; None: what the model was trained for
     max_seqs: int = 8
     threads: int | None = None  # None: the worker chooses
+    prefix_cache_mib: int = 512
+    adapters_in_memory: int = 16
     command: tuple[str, ...] = WORKER_COMMAND
 
     def fingerprint(self) -> dict[str, Any]:
@@ -57,6 +59,8 @@ class WorkerSpec:
             "context": self.context,
             "max_seqs": self.max_seqs,
             "threads": self.threads,
+            "prefix_cache_mib": self.prefix_cache_mib,
+            "adapters_in_memory": self.adapters_in_memory,
         }
 
 
@@ -145,6 +149,7 @@ class WorkerFolder:
     def _argv(self, spec: WorkerSpec) -> list[str]:
         argv = [*spec.command, "--model", str(spec.model), "--served-name", spec.served_name]
         argv += ["--key-file", str(self.key), "--ready-file", str(self.ready_file), "--max-seqs", str(spec.max_seqs)]
+        argv += ["--cache-mib", str(spec.prefix_cache_mib), "--max-adapters", str(spec.adapters_in_memory)]
         if spec.context is not None:
             argv += ["--ctx", str(spec.context)]
         if spec.threads is not None:

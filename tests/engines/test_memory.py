@@ -10,7 +10,9 @@ import pytest
 
 from gateway.bases import PreparedBase
 from gateway.engines.memory import OVERHEAD_BYTES, expected_memory, planned_context
-from gateway.llama_worker.__main__ import default_context
+from gateway.engines.spawn import WorkerFolder, WorkerSpec
+from gateway.llama_worker.__main__ import default_context, parse_arguments
+from gateway.settings import BaseSettings
 
 
 @pytest.fixture
@@ -41,3 +43,23 @@ def test_the_memory_that_is_expected_grows_with_weights_and_context(base: Prepar
     assert expected_memory(replace(base, kv_bytes_per_token=None), 4096, 2) == OVERHEAD_BYTES + 1000 + 2 * 2**30
     os.truncate(base.gguf, 5000)
     assert expected_memory(base, 1, 1) == OVERHEAD_BYTES + 5000 + 32768
+
+
+def test_computed_prefixes_and_the_largest_adapters_count_too(base: PreparedBase, tmp_path: Path) -> None:
+    folders = [tmp_path / str(size) for size in (10, 70, 500)]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "adapter.gguf").write_bytes(bytes(int(folder.name)))
+    alone = expected_memory(base, 1, 1)
+    assert expected_memory(base, 1, 1, 512, 16) == alone + 512 * 2**20
+    assert expected_memory(base, 1, 1, 0, 2, [*folders, tmp_path / "gone"]) == alone + 2 * (500 + 70)
+
+
+def test_the_worker_is_told_what_is_counted(tmp_path: Path, base: PreparedBase) -> None:
+    spec = WorkerSpec("a", base.gguf, "d", prefix_cache_mib=7, adapters_in_memory=3)
+    argv = WorkerFolder(tmp_path / "engine")._argv(spec)
+    told = parse_arguments(argv[len(spec.command) :])
+    assert (told.cache_mib, told.max_adapters) == (7, 3)
+    defaults = parse_arguments(WorkerFolder(tmp_path / "engine")._argv(WorkerSpec("a", base.gguf, "d"))[3:])
+    settings = BaseSettings()
+    assert (defaults.cache_mib, defaults.max_adapters) == (settings.prefix_cache_mib, settings.adapters_in_memory)
