@@ -107,10 +107,20 @@ class Fleet:
         self._served.pop(name, None)
 
     def memory_bytes(self, name: str) -> int:
-        """What the engines of a base that are spawned here are expected to take together."""
+        """What the engines of a base that are spawned here are expected to take together. Blocks: it looks at files."""
         served = self._served[name]
-        each = expected_memory(served.prepared, served.context, served.settings.max_seqs or LLAMA_SEQS)
-        return each * sum(plan.url is None for plan in served.plans.values())
+        settings, context = served.settings, served.context
+        total = 0
+        for replica, plan in list(served.plans.items()):
+            if plan.url is None:
+                known = [status.adapter.path for status in list(replica.engine.adapters.values())]
+                kept = (
+                    (settings.prefix_cache_mib, settings.adapters_in_memory, known)
+                    if plan.entry.kind == "llama"
+                    else ()
+                )
+                total += expected_memory(served.prepared, context, settings.max_seqs or LLAMA_SEQS, *kept)
+        return total
 
     def is_spawned(self, name: str) -> bool:
         """Whether one engine of a base at least is spawned here."""
@@ -207,6 +217,8 @@ class Fleet:
             context=served.context if prepared.kv_bytes_per_token or settings.context_length else None,
             max_seqs=settings.max_seqs or LLAMA_SEQS,
             threads=settings.threads,
+            prefix_cache_mib=settings.prefix_cache_mib,
+            adapters_in_memory=settings.adapters_in_memory,
         )
 
 

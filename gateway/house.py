@@ -194,7 +194,7 @@ class House:
             await self.templates.add_base(base, aliases, settings.options)
             for row in await self.store.read(lambda connection: model_statements.of_base(connection, name)):
                 await self.publish(row)
-            await self.residents.add(self._resident(engine, settings))
+            await self.residents.add(await asyncio.to_thread(self._resident, engine, settings))
             if engine.started:
                 await engine.wait_ready(600)
             took_s = time.monotonic() - began

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gateway.errors import SettingsError
-from gateway.settings import Settings, load_settings
+from gateway.settings import DEMO_MODEL, DEMO_MODEL_PATH, Settings, load_settings
+
+if TYPE_CHECKING:
+    from gateway.models import AddedModel
+
+DEMO_SOURCE = "the demo model that ships with tunegate"
 
 DataOption = Annotated[str | None, typer.Option(help="The data folder, where it is not the settings' one.")]
 ConfigOption = Annotated[Path | None, typer.Option(help="Settings file (TOML).")]
@@ -24,7 +29,10 @@ def add(
     template: Annotated[
         str, typer.Option(help="A template by name; 'model' for the one that the model brings.")
     ] = "model",
-    type: Annotated[str, typer.Option(help="Of the weights that are served: q4_0, q8_0, q4_k_m, f16, …")] = "q4_0",
+    type: Annotated[
+        str | None,
+        typer.Option(help="Of the weights that are served: q4_0 (where none is given), q8_0, q4_k_m, f16, …"),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Of a model on a hub: a branch, tag or commit.")] = None,
     data: DataOption = None,
     config: ConfigOption = None,
@@ -60,14 +68,15 @@ def list_(data: DataOption = None, config: ConfigOption = None) -> None:
 
     from gateway.models import list_models
 
+    settings = _settings(config, data)
     try:
-        models = list_models(_settings(config, data).data_dir / "bases")
+        models = list_models(settings.data_dir / "bases")
     except SettingsError as error:
         raise _failed(error) from error
     table = Table("name", "architecture", "on disk", "tuned", "from")
     for model in models:
-        row = (model.architecture, _size(model.size_bytes), "no" if model.untrainable else "yes", model.source)
-        table.add_row(model.name, *row)
+        row = (model.architecture, _size(model.size_bytes), "no" if model.untrainable else "yes")
+        table.add_row(model.name, *row, DEMO_SOURCE if _is_demo(model, settings) else model.source)
     Console(markup=False, highlight=False).print(table if models else "no model yet: `tunegate models add …`")
 
 
@@ -92,6 +101,12 @@ def _settings(config: Path | None, data: str | None) -> Settings:
         return load_settings(config, os.environ, {"data": data})
     except SettingsError as error:
         raise _failed(error) from error
+
+
+def _is_demo(model: AddedModel, settings: Settings) -> bool:
+    entry = settings.bases.get(DEMO_MODEL)
+    ours = entry is None or entry.path == str(DEMO_MODEL_PATH)
+    return model.name == DEMO_MODEL and not model.added and ours
 
 
 def _recipe(settings: Settings, template: str) -> dict[str, object] | None:

@@ -10,7 +10,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -20,6 +20,9 @@ from gateway.errors import SettingsError
 LLAMA_SEQS = 8
 DEMO_MODEL = "tunegate-demo"
 DEMO_MODEL_PATH = Path(__file__).resolve().parent.parent / "deploy" / "demo_model"
+
+CacheMiB = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
+AdapterCount = Annotated[int, msgspec.Meta(ge=1, le=4096)]
 
 
 LISTS = ("hosts", "ignored_fields")  # that only the file can hold
@@ -39,6 +42,8 @@ class BaseSettings(Section, frozen=True):
     context_length: int | None = None  # None: what the model's config says
     max_seqs: int | None = None  # sequences in one batch; None: LLAMA_SEQS, or vLLM's own number
     threads: int | None = None  # None: all processors
+    prefix_cache_mib: CacheMiB = 512  # for prompts that were computed before; 0: none
+    adapters_in_memory: AdapterCount = 16  # of the tuned models; the others are loaded when they are asked for
     start: Literal["always", "on_demand"] | None = None  # None: always, or on demand when it was added
     idle_unload_s: float = 900.0  # of one that is started on demand; 0: never
 

@@ -101,7 +101,9 @@ ARROWS: dict[str, set[str]] = {
     | {"gateway.store", "gateway.chat"},
     "gateway.templates": {"gateway.chat", "gateway.engines", "gateway.errors", "gateway.settings", "gateway.store"}
     | {"gateway.wire"},
-    "gateway.models": {"gateway", "gateway.bases", "gateway.errors", "gateway.jobdir", "gateway.store"},
+    "gateway.model_source": {"gateway.errors"},
+    "gateway.models": {"gateway", "gateway.bases", "gateway.errors", "gateway.jobdir", "gateway.store"}
+    | {"gateway.model_source"},
     "gateway.terminal": {"gateway.bases", "gateway.errors"},
     "gateway.routes": {
         "gateway.access",

@@ -30,6 +30,8 @@ def llama_engine(
     context: int | None = None,
     max_seqs: int = 8,
     threads: int | None = None,
+    prefix_cache_mib: int = 512,
+    adapters_in_memory: int = 16,
     command: tuple[str, ...] = LLAMA_COMMAND,
     timings: Timings | None = None,
     tolerances: Tolerances | None = None,
@@ -39,7 +41,8 @@ def llama_engine(
         raise SettingsError(
             f"'{base.name}' is prepared for vLLM (type hf) and has no .gguf that the llama worker could serve"
         )
-    launch = LlamaLaunch(base.name, base.gguf, base.digest, context, max_seqs, threads, command)
+    kept = prefix_cache_mib, adapters_in_memory
+    launch = LlamaLaunch(base.name, base.gguf, base.digest, context, max_seqs, threads, *kept, command)
     process = WorkerProcess(launch, WorkerFolder(folder), timings)
     return Engine(base, process, context=context, tolerances=tolerances)
 

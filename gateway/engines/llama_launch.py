@@ -26,6 +26,8 @@ class LlamaLaunch:
     context: int | None = None  # tokens a sequence; None: what the model was trained for
     max_seqs: int = 8
     threads: int | None = None  # None: the worker chooses
+    prefix_cache_mib: int = 512
+    adapters_in_memory: int = 16
     command: tuple[str, ...] = LLAMA_COMMAND
 
     @property
@@ -41,12 +43,15 @@ class LlamaLaunch:
             "context": self.context,
             "max_seqs": self.max_seqs,
             "threads": self.threads,
+            "prefix_cache_mib": self.prefix_cache_mib,
+            "adapters_in_memory": self.adapters_in_memory,
         }
 
     def argv(self, folder: WorkerFolder, port: int) -> list[str]:
         argv = [*self.command, "--model", str(self.model), "--served-name", self.served_name]
         argv += ["--key-file", str(folder.key), "--ready-file", str(folder.ready_file)]
         argv += ["--max-seqs", str(self.max_seqs)]
+        argv += ["--cache-mib", str(self.prefix_cache_mib), "--max-adapters", str(self.adapters_in_memory)]
         if self.context is not None:
             argv += ["--ctx", str(self.context)]
         if self.threads is not None:
