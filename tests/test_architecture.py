@@ -58,6 +58,14 @@ ARROWS: dict[str, set[str]] = {
     | {"gateway.store", "gateway.chat"},
     "gateway.templates": {"gateway.chat", "gateway.engines", "gateway.errors", "gateway.settings", "gateway.store"}
     | {"gateway.wire"},
+    "gateway.imports": {
+        "gateway",
+        "gateway.bases",
+        "gateway.chat",
+        "gateway.engines",
+        "gateway.errors",
+        "gateway.jobdir",
+    },
     "gateway.models": {"gateway", "gateway.bases", "gateway.errors", "gateway.jobdir", "gateway.store"},
     "gateway.terminal": {"gateway.bases", "gateway.errors"},
     "gateway.routes": {"gateway.errors", "gateway.inference", "gateway.jobs", "gateway.settings", "gateway.store"}
