@@ -30,6 +30,7 @@ from gateway.engines.routing_metrics import register_routing
 from gateway.errors import EngineUnavailable, SettingsError, TunegateError
 from gateway.fleet import Fleet
 from gateway.inference import Inference
+from gateway.jobs.imports import Imports
 from gateway.jobs.preview import Previews
 from gateway.jobs.supervisor import Supervisor
 from gateway.models import added_names, is_added
@@ -77,7 +78,15 @@ class House:
         self.store = await asyncio.to_thread(Store.open, self.data_dir.database)
         await sweep_all(self.store, self.blobs)
         await self.templates.open(self.store)
-        self.supervisor = Supervisor(self.store, self.blobs, self.data_dir, self.settings, self.catalog, self.engine)
+        self.supervisor = Supervisor(
+            self.store,
+            self.blobs,
+            self.data_dir,
+            self.settings,
+            self.catalog,
+            self.engine,
+            pools=self.residents.engines,
+        )
         await self.fleet.open()
         if self.settings.metrics_port is not None:
             self._metrics = start_http_server(self.settings.metrics_port, METRICS_HOST, self.registry)
@@ -87,6 +96,15 @@ class House:
                 self._begin(name, base)
         self._watching = asyncio.create_task(self._watch_added(), name="added models")
         await self.supervisor.start()
+        self.imports = Imports(
+            self.store,
+            self.data_dir.path / "imports",
+            self.data_dir.adapters,
+            self.settings.organization,
+            self.catalog,
+            self.engine,
+        )
+        self.imports.start()
         return self
 
     async def __aexit__(
@@ -96,6 +114,7 @@ class House:
         for task in starting:
             task.cancel()
         await asyncio.gather(*starting, return_exceptions=True)
+        await self.imports.stop()
         await self.supervisor.stop()
         self.templates.close()
         self.catalog.close()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Not the `vllm` command: it asks for a distribution of that very name, which the CPU build's is not.
 MODULE = "vllm.entrypoints.openai.api_server"
-GUARD_PATH = Path(gateway.__file__).parent / "vllm_guard"
+PLUGIN_PATH = Path(gateway.__file__).parent / "vllm_plugin"
 DEFAULT_MAX_RANK = 16  # vLLM's own, and the rank that jobs train with
 OURS = (
     "--host --port --uds --model --served-model-name --api-key --middleware --generation-config --enable-lora --no-enable-lora "
@@ -87,7 +87,7 @@ class VllmLaunch:
             argv += ["--max-model-len", str(self.context)]
         if self.max_seqs is not None:
             argv += ["--max-num-seqs", str(self.max_seqs)]
-        if not _is_quietened(self.arguments):
+        if not any("uvicorn" in argument for argument in self.arguments):
             argv += ["--disable-uvicorn-access-log"]
         return [*argv, *self.arguments]
 
@@ -101,7 +101,7 @@ class VllmLaunch:
             **dict(self.variables),
             "VLLM_API_KEY": key,
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-            "PYTHONPATH": os.pathsep.join([str(GUARD_PATH), *([inherited] if inherited else [])]),
+            "PYTHONPATH": os.pathsep.join([str(PLUGIN_PATH), *([inherited] if inherited else [])]),
         }
 
     async def greet(self, control: EngineControl, timeout_s: float) -> dict[str, Any]:
@@ -119,7 +119,3 @@ def argument_value(arguments: Sequence[str], name: str) -> str | None:
         if said.replace("_", "-") == name:
             found = value if equals else next(iter(arguments[place + 1 : place + 2]), None)
     return found
-
-
-def _is_quietened(arguments: Sequence[str]) -> bool:
-    return any("uvicorn" in argument for argument in arguments)

@@ -113,6 +113,7 @@ async def test_ten_adapters_on_two_slots_all_answer_and_none_wrongly(
             )
             for own, reply in zip(alone, replies, strict=True):
                 assert agreement(own, reply) > max(agreement(other, reply) for other in alone if other is not own)
+    assert engine.restarts == 0, "scoring a prompt beside other replies ends no engine"
     for adapter in adapters[2:]:
         await engine.drop_adapter(adapter.engine_name)
 
