@@ -31,6 +31,7 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     key_file: str | None = None
     key_env: str | None = None
     paths: dict[str, str] = {}  # a folder here = the same folder as the servers at `urls` see it
+    max_lora_rank: int | None = None  # that the vLLM at `urls` was started with; None: vLLM's default
     python: str | None = None  # of the environment that vLLM is installed in
     args: list[str] = []  # further arguments of a spawned vLLM
 
@@ -104,6 +105,8 @@ def _check_fields(where: str, engine: EngineSettings) -> None:
         raise SettingsError(f"{where}: an upstream needs `urls`, such as ['https://api.example.com/v1']")
     if engine.replicas is not None and not 1 <= engine.replicas <= MOST_REPLICAS:
         raise SettingsError(f"{where}: replicas = {engine.replicas}; it is 1 to {MOST_REPLICAS}")
+    if engine.max_lora_rank is not None and engine.max_lora_rank < 1:
+        raise SettingsError(f"{where}: max_lora_rank = {engine.max_lora_rank}; it is what vLLM was given, 1 at least")
     if len(engine.urls) > MOST_REPLICAS:
         raise SettingsError(f"{where}: {len(engine.urls)} urls; there may be {MOST_REPLICAS}")
     if engine.kind == "vllm" and spawned and engine.python is None:
@@ -111,12 +114,12 @@ def _check_fields(where: str, engine: EngineSettings) -> None:
             f"{where}: a vLLM that is to be spawned needs `python`, that of the environment it is installed in "
             "(for one that runs already, give `urls`)"
         )
-    of_urls = {"served_name", "key", "key_file", "key_env", "paths"}
+    of_urls = {"served_name", "key", "key_file", "key_env", "paths", "max_lora_rank"}
     wrong = given & (of_urls if spawned else {"replicas", "python", "args"})
     if engine.kind == "llama":
-        wrong |= given & {"python", "args"}
+        wrong |= given & {"python", "args", "max_lora_rank"}
     if engine.kind == "upstream":
-        wrong |= given & {"paths"}
+        wrong |= given & {"paths", "max_lora_rank"}
     if wrong:
         what = "that is spawned" if spawned else "at `urls`"
         raise SettingsError(f"{where}: `{min(wrong)}` has no meaning for kind = {engine.kind!r} {what}; leave it out")

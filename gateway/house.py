@@ -33,6 +33,7 @@ from gateway.evals.runner import EvalRunner
 from gateway.fleet import Fleet
 from gateway.grading.graders import Graders
 from gateway.inference import Inference
+from gateway.jobs.imports import Imports
 from gateway.jobs.preview import Previews
 from gateway.jobs.supervisor import Supervisor
 from gateway.keys import Keyring
@@ -96,7 +97,15 @@ class House:
             max_line_bytes=self.settings.limits.body_bytes,
         )
         await self.templates.open(self.store)
-        self.supervisor = Supervisor(self.store, self.blobs, self.data_dir, self.settings, self.catalog, self.engine)
+        self.supervisor = Supervisor(
+            self.store,
+            self.blobs,
+            self.data_dir,
+            self.settings,
+            self.catalog,
+            self.engine,
+            pools=self.residents.engines,
+        )
         await self.fleet.open()
         if self.settings.metrics_port is not None:
             self._metrics = start_http_server(self.settings.metrics_port, METRICS_HOST, self.registry)
@@ -111,6 +120,15 @@ class House:
         await self.supervisor.start()
         await self.responses.start()
         await self.evals.start()
+        self.imports = Imports(
+            self.store,
+            self.data_dir.path / "imports",
+            self.data_dir.adapters,
+            self.settings.organization,
+            self.catalog,
+            self.engine,
+        )
+        self.imports.start()
         return self
 
     async def __aexit__(
@@ -120,6 +138,7 @@ class House:
         for task in starting:
             task.cancel()
         await asyncio.gather(*starting, return_exceptions=True)
+        await self.imports.stop()
         await self.batches.stop()
         await self.evals.stop()
         await self.responses.stop()

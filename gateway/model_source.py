@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from gateway.bases import HF_TYPE
 from gateway.errors import SettingsError
 
 # As `trainer.export.quantise` makes them; a test holds the two equal.
@@ -18,8 +19,10 @@ def check_source(source: str, kind: str | None, revision: str | None) -> None:
 
     `kind` and `revision` are None where they were not given.
     """
-    if kind is not None and kind not in WEIGHT_TYPES:
-        raise SettingsError(f"--type is {kind!r}; the types of weights are {', '.join(WEIGHT_TYPES)}")
+    if kind is not None and kind not in (*WEIGHT_TYPES, HF_TYPE):
+        raise SettingsError(
+            f"--type is {kind!r}; the types of weights are {', '.join(WEIGHT_TYPES)}, and {HF_TYPE} for vLLM"
+        )
     path = Path(source).expanduser()
     if not os.path.exists(path):
         if _is_meant_as_path(source, path):

@@ -24,16 +24,24 @@ cli = typer.Typer(no_args_is_help=True, help=__doc__)
 
 @cli.command()
 def add(
-    source: Annotated[str, typer.Argument(help="A model's folder, a .gguf file, or the id ORG/NAME of one on a hub.")],
+    source: Annotated[
+        str | None, typer.Argument(help="A model's folder, a .gguf file, or the id ORG/NAME of one on a hub.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="What clients ask for; the last part of SOURCE by default.")] = None,
     template: Annotated[
-        str, typer.Option(help="A template by name; 'model' for the one that the model brings.")
-    ] = "model",
+        str | None, typer.Option(help="A template by name; by default the one that the model brings ('model').")
+    ] = None,
     type: Annotated[
         str | None,
-        typer.Option(help="Of the weights that are served: q4_0 (where none is given), q8_0, q4_k_m, f16, …"),
+        typer.Option(
+            help="Of the weights that are served: q4_0 (where none is given), q8_0, q4_k_m, f16, …; hf for vLLM."
+        ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Of a model on a hub: a branch, tag or commit.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="In place of SOURCE: the folder of a LoRA adapter, as PEFT leaves it.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base that the adapter was trained on.")] = None,
     data: DataOption = None,
     config: ConfigOption = None,
 ) -> None:
@@ -41,6 +49,13 @@ def add(
     from gateway.models import add_model, default_name
 
     settings = _settings(config, data)
+    if (source is None) == (adapter is None) or (adapter is None) != (base is None):
+        raise _failed(SettingsError("give a model (SOURCE), or an adapter and its base (--adapter DIR --base NAME)"))
+    if adapter is not None and base is not None:
+        _add_adapter(settings, adapter, base, template, name)
+        return
+    assert source is not None
+    template = template or "model"
     try:
         model = add_model(
             settings.data_dir / "bases",
@@ -57,6 +72,22 @@ def add(
     typer.echo(
         f"'{model.name}' is ready ({_size(model.size_bytes)} in {model.path}). A running server takes it up within seconds, "
         f"the next `tunegate serve` at its start.{tuned}"
+    )
+
+
+def _add_adapter(settings: Settings, adapter: Path, base: str, template: str | None, name: str | None) -> None:
+    from gateway.imports import add_adapter
+    from gateway.models import checked_name, default_name
+
+    try:
+        name = checked_name(name or default_name(str(adapter)))
+        recipe = None if template is None else _recipe(settings, template)
+        add_adapter(settings.data_dir, adapter, base, template, name, recipe)
+    except SettingsError as error:
+        raise _failed(error) from error
+    typer.echo(
+        f"'{name}' is ready on '{base}'. A running server has its engine verify it and serves it within seconds, the next "
+        "`tunegate serve` at its start; should the engine not do what the adapter should, its log says so."
     )
 
 

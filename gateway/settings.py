@@ -76,6 +76,7 @@ class JobSettings(Section, frozen=True):
     queued: int = 100  # jobs that may wait
     threads: int | None = None  # None: all processors
     hang_timeout_s: float = 1800.0
+    share: Literal["beside", "wait", "sleep"] = "beside"  # what the engines do while a job trains on the same GPU
 
 
 class LimitSettings(Section, frozen=True):

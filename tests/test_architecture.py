@@ -101,7 +101,15 @@ ARROWS: dict[str, set[str]] = {
     | {"gateway.store", "gateway.chat"},
     "gateway.templates": {"gateway.chat", "gateway.engines", "gateway.errors", "gateway.settings", "gateway.store"}
     | {"gateway.wire"},
-    "gateway.model_source": {"gateway.errors"},
+    "gateway.imports": {
+        "gateway",
+        "gateway.bases",
+        "gateway.chat",
+        "gateway.engines",
+        "gateway.errors",
+        "gateway.jobdir",
+    },
+    "gateway.model_source": {"gateway.bases", "gateway.errors"},
     "gateway.models": {"gateway", "gateway.bases", "gateway.errors", "gateway.jobdir", "gateway.store"}
     | {"gateway.model_source"},
     "gateway.terminal": {"gateway.bases", "gateway.errors"},

@@ -29,6 +29,7 @@ MAX_FILE_BYTES = 16 << 30
 MAX_RANK = 512
 TENSOR_NAME = re.compile(r"base_model\.model\.([A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*)\.lora_([AB])\.weight")
 MODULE_NAME = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
+BASE_PATH = "base_model_name_or_path"
 DTYPES = ("F32", "F16", "BF16")
 
 
@@ -86,6 +87,17 @@ def check_adapter(folder: Path, base_digest: str, max_rank: int = MAX_RANK, *, g
         if (found := file_digest(folder / name)) != digest:
             raise AdapterRejected(f"{name} has digest {found}, but manifest.json says {digest}")
     return AdapterFacts(manifest_digest(manifest), base_digest, rank, alpha, modules, sum(sizes.values()), manifest)
+
+
+def check_weights(folder: Path, max_rank: int = MAX_RANK) -> int:
+    """The rank of an adapter as PEFT leaves one (two files count, whatever else is there); AdapterRejected otherwise."""
+    try:
+        config = _read_object(folder / "adapter_config.json", MAX_CONFIG_BYTES)
+        rank, _ = _check_config({key: value for key, value in config.items() if key != BASE_PATH}, max_rank)
+        _check_tensors(folder / "adapter_model.safetensors", rank)
+    except OSError as error:
+        raise AdapterRejected(f"{error.filename} cannot be read: {error.strerror}") from error
+    return rank
 
 
 def link_adapter(folder: Path, into: Path) -> tuple[str, Path]:
@@ -240,7 +252,7 @@ _CONFIG_RULES: dict[str, Callable[[Any], bool]] = {
     "use_rslora": _is_boolean,
     "inference_mode": _is_boolean,
     "init_lora_weights": lambda value: isinstance(value, bool) or value == "gaussian",
-    "base_model_name_or_path": lambda value: _is_plain_name(value) and not re.search(r"\.\.|://|^/|^~", value or ""),
+    BASE_PATH: lambda value: _is_plain_name(value) and not re.search(r"\.\.|://|^/|^~", value or ""),
     "peft_version": _is_plain_name,
     # Defaults that PEFT writes though the feature that they belong to is off.
     "megatron_core": lambda value: value in (None, "megatron.core"),

@@ -105,8 +105,8 @@ class Engine:
         self._endpoint: Endpoint | None = None
         self._control: EngineControl | None = None
         self._ready = asyncio.Event()
-        self._changed = asyncio.Event()
         self._lock = asyncio.Lock()
+        self._asleep = False
         self._listeners: list[Callable[[Engine], None]] = []
         self._bring: Callable[[], Awaitable[None]] | None = None
         self.uses = 0  # requests and loads that are under way
@@ -135,7 +135,9 @@ class Engine:
 
     @property
     def state(self) -> str:
-        """stopped, starting, reconciling (answers; adapters are being loaded), ready, backoff or stopping."""
+        """stopped, starting, reconciling (answers; adapters are being loaded), ready, asleep, backoff or stopping."""
+        if self._asleep:
+            return "asleep"
         if self._process.state is State.READY and not self.ready:
             return "reconciling"
         return self._process.state.value
@@ -164,6 +166,16 @@ class Engine:
     def takes_adapters(self) -> bool:
         """Whether adapters can be brought to it; True as long as it has not said otherwise."""
         return self.version.get("adapters") is not False
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether it can be put to sleep: a vLLM that was started here."""
+        return bool(self.version.get("sleeps"))
+
+    @property
+    def frees_memory(self) -> bool:
+        """Whether it gives memory back when it sleeps."""
+        return bool(self.version.get("frees_memory"))
 
     @property
     def adapters(self) -> dict[str, AdapterStatus]:
@@ -292,6 +304,31 @@ class Engine:
         if (control := self._control) is not None:
             await self._unload(control, engine_name)
 
+    async def sleep(self) -> None:
+        """Takes no request until `wake`; once the replies under way are over, it gives its GPU's memory back.
+
+        EngineUnavailable while it is not ready, EngineError when it cannot: then it goes on as before.
+        """
+        if self._control is None or not self.ready:
+            raise self._unavailable()
+        self._asleep = True
+        self._ready.clear()
+        self._tell()
+        try:
+            await self._control.sleep()
+        except BaseException:
+            await self.wake()
+            raise
+
+    async def wake(self) -> None:
+        """Ends its sleep. One that was restarted meanwhile is awake already."""
+        control = self._control
+        if self._asleep and control is not None:
+            await control.wake_up()
+            self._ready.set()
+        self._asleep = False
+        self._tell()
+
     async def stop(self, keep_process: bool = False) -> None:
         """Ends the worker, or leaves it to the next gateway. Returns when it is gone."""
         await self._process.stop(keep_process)
@@ -302,12 +339,14 @@ class Engine:
         self.version = version
         if type(longest := version.get("max_model_len")) is int and longest > 0:
             self.max_model_len = longest
-        self._endpoint, self._control = endpoint, control
+        self._endpoint, self._control, self._asleep = endpoint, control, False
         for status in self._status.values():
             status.standing = Standing.PENDING
         while True:
             try:
                 async with self._lock:
+                    if version.get("sleeps") and await control.is_sleeping():
+                        await control.wake_up()  # whoever put it to sleep was killed
                     await self._reconcile(control)
                     self._ready.set()
                 break
@@ -319,6 +358,7 @@ class Engine:
     def _on_process_change(self) -> None:
         if self._process.state is not State.READY:
             self._ready.clear()
+            self._asleep = False
             self._endpoint = self._control = None
         self._tell()
 

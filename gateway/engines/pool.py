@@ -15,7 +15,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
-from gateway.engines.adapters import Adapter, AdapterRejected
+from gateway.engines.adapters import MAX_RANK, Adapter, AdapterRejected
 from gateway.engines.replica import Replica
 from gateway.engines.router import choose, prompt_of
 from gateway.engines.witness import WitnessReport
@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 
 ENSURE_TIMEOUT_S = 300.0
 RETRY_S = 1.0
+ASLEEP_WAITING = 256  # requests that wait while all replicas sleep
+ASLEEP_WAIT_S = 120.0
+ASLEEP_RETRY_S = 30
 CHANGE_POLL_S = 0.1
 DRAIN_S = 600.0  # the longest that a replica that leaves waits for its last reply
 FOREVER = 10 * 365 * 86400.0
@@ -44,6 +47,7 @@ class Pool:
         self._tasks: set[asyncio.Task[None]] = set()
         self._bring: Callable[[], Awaitable[None]] | None = None
         self._started = False
+        self._waiting = 0  # requests, for it to wake
 
     # which replica
 
@@ -94,6 +98,12 @@ class Pool:
         """Whether tuned models can be brought to it."""
         return any(replica.engine.takes_adapters for replica in self.replicas)
 
+    @property
+    def max_lora_rank(self) -> int:
+        """The highest rank that every replica takes."""
+        limits = [replica.engine.max_lora_rank for replica in self.replicas]
+        return min((limit for limit in limits if limit is not None), default=MAX_RANK)
+
     def serves(self, engine_name: str) -> bool:
         """Whether a replica can be asked for this adapter now."""
         return any(replica.engine.ready and replica.engine.serves(engine_name) for replica in self.replicas)
@@ -112,6 +122,30 @@ class Pool:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
 
+    # of one that sleeps while a job trains
+
+    @property
+    def asleep(self) -> bool:
+        """Whether a replica sleeps."""
+        return any(replica.engine.state == "asleep" for replica in self.replicas)
+
+    async def _until_awake(self) -> None:
+        """Waits with few enough others for one that can be asked. EngineUnavailable."""
+        if self._waiting >= ASLEEP_WAITING:
+            raise EngineUnavailable(
+                f"'{self.name}' sleeps while a job trains, and {self._waiting} requests wait for it already",
+                retry_after_s=ASLEEP_RETRY_S,
+            )
+        self._waiting += 1
+        until = time.monotonic() + ASLEEP_WAIT_S
+        try:
+            while self.asleep and not self.ready:
+                if time.monotonic() > until:
+                    raise EngineUnavailable(f"'{self.name}' sleeps while a job trains", retry_after_s=ASLEEP_RETRY_S)
+                await asyncio.sleep(CHANGE_POLL_S)
+        finally:
+            self._waiting -= 1
+
     # of one that is there only while it is wanted
 
     def on_wanted(self, bring: Callable[[], Awaitable[None]]) -> None:
@@ -121,12 +155,14 @@ class Pool:
     async def hold(self) -> None:
         """It is ready, or was never to be started by who uses it; it stays until `release`. Raises EngineUnavailable."""
         self.uses += 1
-        if self._bring is not None and not self.ready:
-            try:
+        try:
+            if not self.ready and self.asleep:
+                await self._until_awake()
+            if self._bring is not None and not self.ready:
                 await self._bring()
-            except BaseException:
-                self.release()
-                raise
+        except BaseException:
+            self.release()
+            raise
 
     def release(self) -> None:
         self.uses -= 1

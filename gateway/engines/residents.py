@@ -91,6 +91,9 @@ class Residents:
         resident = self._residents.get(name)
         return None if resident is None else resident.engine
 
+    def engines(self) -> list[Pool]:
+        return [resident.engine for resident in self._residents.values()]
+
     async def _bring(self, resident: Resident) -> None:
         """Returns when the engine, which the caller holds, is ready. EngineUnavailable when that takes too long."""
         engine = resident.engine

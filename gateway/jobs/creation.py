@@ -20,7 +20,7 @@ from gateway.chat.bundle import Bundle
 from gateway.chat.conversation import RenderError
 from gateway.engines.catalog import Base, Catalog
 from gateway.errors import RateLimited, RequestError, TunegateError
-from gateway.jobdir import BaseRef, FileRef, Hyperparameters, JobSpec
+from gateway.jobdir import BaseRef, FileRef, Hyperparameters, JobSpec, Lora
 from gateway.jobs.folder import TRAINING_FILE, VALIDATION_FILE, build_folder, remove_folder
 from gateway.settings import JobSettings
 from gateway.store import files as file_statements
@@ -175,8 +175,14 @@ def _find_file(connection: Connection, file_id: str, param: str, project_id: str
 def _tunable(base: Base) -> Base:
     if not base.engine.takes_adapters:
         raise RequestError(
-            f"'{base.name}' is served by engines that take no tuned models while they run; tune another base, or have its "
-            "vLLM started with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
+            f"'{base.name}' is served by an engine that takes no adapters while it runs. Start it with --enable-lora and "
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, or tune another base.",
+            param="model",
+        )
+    if (rank := Lora().rank) > (limit := base.engine.max_lora_rank):
+        raise RequestError(
+            f"'{base.name}' is served by an engine that takes adapters of rank {limit} at most, and jobs train rank {rank}. "
+            f"Start it with --max-lora-rank {rank} (`args` of its [[engines]] entry, `max_lora_rank` of one with `urls`).",
             param="model",
         )
     if base.prepared.untrainable is not None:

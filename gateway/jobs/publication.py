@@ -130,9 +130,10 @@ class Publication:
         return await asyncio.to_thread(self._keep_now, job, base, source, name, step)
 
     def _keep_now(self, job: Job, base: Base, source: Path, name: str, step: int | None) -> _Candidate:
-        check_adapter(source, base.prepared.digest)
+        limit = self.engines(job.base).max_lora_rank
+        check_adapter(source, base.prepared.digest, limit, gguf=base.prepared.gguf is not None)
         digest, path = link_adapter(source, self.adapters_dir)
-        bundle = _read_bundle(path / "template", base.bundle)
+        bundle = read_bundle(path / "template", base.bundle)
         row = ModelRow(
             name=name,
             created_at=int(time.time()),
@@ -253,7 +254,7 @@ async def _unless_stopped(work: Coroutine[Any, Any, T], stop: asyncio.Event) -> 
         await asyncio.gather(working, stopping, return_exceptions=True)
 
 
-def _read_bundle(folder: Path, of_base: Bundle) -> Bundle:
+def read_bundle(folder: Path, of_base: Bundle) -> Bundle:
     """The bundle that the adapter was trained through; the base's own object where it is the same."""
     files = {name: (folder / name).read_bytes() for name in (TEMPLATE_FILE, TOKENIZER_FILE)}
     if files == of_base.to_files():

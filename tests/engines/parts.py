@@ -125,6 +125,7 @@ class At:
 
     ready, state, reason = True, "ready", None
     takes_adapters = False
+    max_lora_rank = None
     version: dict[str, Any] = {}  # noqa: RUF012 - never changed
 
     def __init__(self, port: int, key: str = "secret") -> None:

@@ -14,6 +14,7 @@ from deploy.setup_vllm import environment_python
 from gateway.bases import HF_TYPE, PreparedBase, prepare
 from gateway.engines.engine import Engine
 from gateway.settings import DEMO_MODEL_PATH
+from tests.e2e import training
 from tests.e2e.test_trained_as_served import CHAT_TEMPLATE
 from tests.server import Server
 from tests.vllm.starting import SLOTS, VARIABLES, attached, killed_gateway_vllm
@@ -75,3 +76,18 @@ def server(model: Path, engine: Engine, vllm_python: str, tmp_path_factory: pyte
         yield server.start(timeout_s=290)
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def tuned(server: Server) -> dict[str, str]:
+    """A tuned model on each base, trained while both are served."""
+    client = server.client()
+    file_id = training.upload(client, training.examples("alpha"))
+    jobs = {base: training.create(client, base, file_id, suffix="e2e") for base in ("vicuna", "own")}
+    models = {}
+    for base, job in jobs.items():
+        ended = training.wait_for_end(client, job.id)
+        assert ended.status == "succeeded", (ended.error, training.messages(client, job.id), server.log_tail())
+        assert ended.fine_tuned_model is not None
+        models[base] = ended.fine_tuned_model
+    return models

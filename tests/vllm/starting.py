@@ -19,7 +19,8 @@ from tests.engines.parts import until
 from tests.server import ROOT
 
 # Two adapters at once on the engine and four in memory: more than that are brought back from their folders when asked.
-SLOTS = ("--max-loras", "2", "--max-cpu-loras", "4", "--max-num-seqs", "16")
+MAX_SEQS = 16
+SLOTS = ("--max-loras", "2", "--max-cpu-loras", "4", "--max-num-seqs", str(MAX_SEQS))
 # What a test asks /render for, with a template of the request's own.
 ORACLE = ("--enable-scale-out", "--trust-request-chat-template")
 # Several share two cores: none binds itself to one.
@@ -77,16 +78,13 @@ def replicas(folder: Path) -> list[Endpoint]:
     return found
 
 
-def running(endpoints: list[Endpoint]) -> int:
-    """How many requests they have, at work or waiting."""
-    count = 0.0
-    for endpoint in endpoints:
-        headers = {"Authorization": f"Bearer {endpoint.key}"}
-        text = httpx.get(f"http://{endpoint.host}:{endpoint.port}/metrics", headers=headers).text
-        lines = [line for line in text.splitlines() if line.startswith(COUNTS)]
-        assert len(lines) == len(COUNTS), text
-        count += sum(float(line.rsplit(" ", 1)[1]) for line in lines)
-    return int(count)
+async def running(endpoint: Endpoint) -> tuple[int, int]:
+    """How many requests an engine is working on, and how many wait."""
+    text = (await ask(endpoint, "/metrics")).text
+    counts = [line.rsplit(" ", 1)[1] for line in text.splitlines() if line.startswith(COUNTS)]
+    assert len(counts) == len(COUNTS), text
+    at_work, waiting = (int(float(count)) for count in counts)
+    return at_work, waiting
 
 
 async def main(spec: dict[str, Any]) -> None:
