@@ -6,6 +6,7 @@ the running server, which says on `/readyz` when they answer.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -33,6 +34,7 @@ from gateway.routes import (
     health,
     models,
     moderations,
+    permissions,
     preview,
     responses,
     stored_completions,
@@ -44,6 +46,7 @@ from gateway.routes.body import ClientLeft
 from gateway.routes.reply import error_response
 from gateway.settings import Settings, is_loopback
 from gateway.store.datadir import DataDir
+from gateway.tracing import open_tracer
 
 logger = logging.getLogger("tunegate")
 
@@ -59,6 +62,7 @@ ROUTES = [
     *graders.routes,
     *evals.routes,
     *moderations.routes,
+    *permissions.routes,
     *preview.routes,
     *templates.routes,
     *uploads.routes,
@@ -81,6 +85,7 @@ def create_app(settings: Settings, data_dir: DataDir, read_settings: Callable[[]
             app.state.data_dir, app.state.store, app.state.blobs = house.data_dir, house.store, house.blobs
             app.state.catalog, app.state.inference = house.catalog, house.inference
             app.state.starting = house.starting
+            app.state.request_metrics, app.state.tracer = house.request_metrics, tracer
             app.state.keyring, app.state.batches = house.keyring, house.batches
             house.batches.start(app)
             app.state.supervisor = house.supervisor
@@ -88,7 +93,10 @@ def create_app(settings: Settings, data_dir: DataDir, read_settings: Callable[[]
             app.state.templates, app.state.previews = house.templates, house.previews
             yield
         log.flush()
+        if tracer is not None:
+            await asyncio.to_thread(tracer.close)
 
+    tracer = None if settings.otlp_endpoint is None else open_tracer(settings.otlp_endpoint)
     log = RequestLog(settings.log_format, enabled=settings.log_level in ("debug", "info"))
     hosts = frozenset(name.encode().lower() for name in settings.hosts)
     front = Middleware(Front, hosts=hosts, local=is_loopback(settings.host), log=log)

@@ -38,10 +38,12 @@ from gateway.jobs.preview import Previews
 from gateway.jobs.supervisor import Supervisor
 from gateway.keys import Keyring
 from gateway.metering import Meter
+from gateway.metrics import RequestMetrics
 from gateway.models import added_names, is_added
 from gateway.responses import Responses
 from gateway.settings import LLAMA_SEQS, BaseSettings, Settings, changed_names
 from gateway.store import models as model_statements
+from gateway.store import permissions
 from gateway.store.blobs import Blobs
 from gateway.store.database import Store
 from gateway.store.datadir import DataDir
@@ -107,6 +109,8 @@ class House:
             pools=self.residents.engines,
         )
         await self.fleet.open()
+        self.request_metrics = RequestMetrics(self.inference, self.meter, lambda: len(self.keyring))
+        self.registry.register(self.request_metrics)
         if self.settings.metrics_port is not None:
             self._metrics = start_http_server(self.settings.metrics_port, METRICS_HOST, self.registry)
         self.residents.start()
@@ -280,7 +284,8 @@ class House:
     async def publish(self, row: ModelRow) -> None:
         """Serves a tuned model that the database has; its engine has it, or will when it is ready."""
         bundle = await self._bundle(Path(row.adapter_path) / "template")
-        projects = frozenset({row.project_id})
+        granted = await self.store.read(lambda connection: permissions.projects_of(connection, row.name))
+        projects = frozenset({row.project_id, *granted})
         tuned = TunedModel(row.name, row.base, bundle, row.engine_name, row.created_at, row.owned_by, projects)
         self.catalog.publish(tuned)
 

@@ -87,7 +87,9 @@ class Imports:
             if name == base_name:
                 raise AdapterRejected(f"'{name}' is the name of its own base") from None
             return None  # it may be on its way
-        if not self.catalog.is_tuned(name) and any(served.name == name for served in self.catalog.models(DEFAULT_PROJECT)):
+        if not self.catalog.is_tuned(name) and any(
+            served.name == name for served in self.catalog.models(DEFAULT_PROJECT)
+        ):
             raise AdapterRejected(f"'{name}' is the name of a base or an alias; add it under another --name")
         old = await self.store.read(lambda connection: statements.select_model(connection, name))
         if old is not None and old.job_id is not None:

@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from gateway.errors import Forbidden, ModelNotFound
+from gateway.errors import Forbidden
 from gateway.routes import project_of
 from gateway.store import models as statements
 from gateway.wire.models import deleted_body, model_body
@@ -38,7 +38,7 @@ async def delete_model(request: Request) -> Response:
         )
     served = state.catalog.model(name, project)
     if not await state.store.write(lambda connection: statements.delete(connection, project, name)):
-        raise ModelNotFound(name)
+        raise Forbidden(f"'{name}' belongs to another project, which alone deletes it", param="model")
     state.catalog.withdraw(name)
     await state.catalog.base(served.base).engine.drop_adapter(served.engine_model)
     return JSONResponse(deleted_body(name))
