@@ -102,7 +102,7 @@ class Settings(Section, frozen=True):
     data: str = ""
     organization: str = "local"
     default_model: str | None = None  # for requests that name none
-    ignored_fields: list[str] = []  # "chat.FIELD", "completions.FIELD", "responses.FIELD": dropped unread
+    ignored_fields: list[str] = []  # "chat.FIELD", "fine_tuning.FIELD", …: dropped unread
     log_level: str = "info"
     log_format: Literal["text", "json"] = "text"
     bases: dict[str, BaseSettings] = {}
@@ -205,9 +205,12 @@ def _complete(settings: Settings, config: Path | None, environ: Mapping[str, str
         if alias in bases:
             raise SettingsError(f"alias '{alias}' is already the name of a base")
     for name in settings.ignored_fields:
-        if name.partition(".")[0] not in ("chat", "completions", "responses") or not name.partition(".")[2]:
+        if (
+            name.partition(".")[0] not in ("chat", "completions", "responses", "fine_tuning")
+            or not name.partition(".")[2]
+        ):
             raise SettingsError(
-                f"ignored_fields names {name!r}; each is chat.FIELD, completions.FIELD or responses.FIELD"
+                f"ignored_fields names {name!r}; each is chat.FIELD, completions.FIELD, responses.FIELD or fine_tuning.FIELD"
             )
     return msgspec.structs.replace(settings, bases=bases, data=data, templates=templates, engines=engines)
 

@@ -26,9 +26,11 @@ async def retrieve_model(request: Request) -> Response:
 
 
 async def delete_model(request: Request) -> Response:
-    """Gone at once for new requests; replies that run are finished."""
+    """Gone at once for new requests; replies that run are finished. Deleting twice is fine."""
     state, name = request.app.state, request.path_params["model"]
     project = project_of(request)
+    if await state.store.read(lambda connection: statements.was_deleted(connection, project, name)):
+        return JSONResponse(deleted_body(name))
     if not state.catalog.is_tuned(name):
         if state.catalog.upstream(name) is None:
             state.catalog.model(name, project)  # raises ModelNotFound

@@ -72,6 +72,12 @@ def delete(connection: Connection, project_id: str, name: str) -> bool:
     return connection.execute(update(models).where(*where).values(deleted_at=int(time.time()))).rowcount == 1
 
 
+def was_deleted(connection: Connection, project_id: str, name: str) -> bool:
+    """Whether the project had a model of that name and deleted it."""
+    where = (models.c.project_id == project_id, models.c.name == name, models.c.deleted_at.is_not(None))
+    return connection.scalar(select(models.c.seq).where(*where)) is not None
+
+
 def select_digests(connection: Connection) -> tuple[set[str], set[str]]:
     """The digests of all adapters that there ever was a model of, and of those that there is one of now."""
     rows = connection.execute(select(models.c.adapter_digest, models.c.deleted_at)).all()
