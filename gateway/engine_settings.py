@@ -32,6 +32,7 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     key_env: str | None = None
     paths: dict[str, str] = {}  # a folder here = the same folder as the servers at `urls` see it
     python: str | None = None  # of the environment that vLLM is installed in
+    max_lora_rank: int | None = None  # that the vLLMs at `urls` were started with: they do not tell
     args: list[str] = []  # further arguments of a spawned vLLM
 
     def __repr__(self) -> str:
@@ -111,12 +112,12 @@ def _check_fields(where: str, engine: EngineSettings) -> None:
             f"{where}: a vLLM that is to be spawned needs `python`, that of the environment it is installed in "
             "(for one that runs already, give `urls`)"
         )
-    of_urls = {"served_name", "key", "key_file", "key_env", "paths"}
+    of_urls = {"served_name", "key", "key_file", "key_env", "paths", "max_lora_rank"}
     wrong = given & (of_urls if spawned else {"replicas", "python", "args"})
     if engine.kind == "llama":
-        wrong |= given & {"python", "args"}
+        wrong |= given & {"python", "args", "max_lora_rank"}
     if engine.kind == "upstream":
-        wrong |= given & {"paths"}
+        wrong |= given & {"paths", "max_lora_rank"}
     if wrong:
         what = "that is spawned" if spawned else "at `urls`"
         raise SettingsError(f"{where}: `{min(wrong)}` has no meaning for kind = {engine.kind!r} {what}; leave it out")

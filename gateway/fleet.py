@@ -24,6 +24,7 @@ from gateway.engines.pool import Pool
 from gateway.engines.replica import Replica
 from gateway.engines.spawn import WorkerFolder
 from gateway.engines.upstream import Upstream
+from gateway.engines.vllm_launch import DEFAULT_MAX_RANK
 from gateway.errors import SettingsError
 from gateway.settings import LLAMA_SEQS, BaseSettings
 
@@ -45,7 +46,17 @@ class Plan:
     def same(self, other: Plan) -> bool:
         """Whether one can stand for the other: how many more there are does not matter."""
         mine, its = (
-            (plan.name, plan.url, entry.kind, entry.served_name, entry.key, entry.paths, entry.python, entry.args)
+            (
+                plan.name,
+                plan.url,
+                entry.kind,
+                entry.served_name,
+                entry.key,
+                entry.paths,
+                entry.max_lora_rank,
+                entry.python,
+                entry.args,
+            )
             for plan, entry in ((self, self.entry), (other, other.entry))
         )
         return mine == its
@@ -187,8 +198,15 @@ class Fleet:
         if plan.url is not None:
             parts = urlsplit(plan.url)
             endpoint = Endpoint(parts.hostname or "", parts.port or 80, entry.key or "")
-            make = remote_llama_engine if entry.kind == "llama" else remote_engine
-            return make(prepared, endpoint, served_name=entry.served_name, path_map=entry.paths)
+            if entry.kind == "llama":
+                return remote_llama_engine(prepared, endpoint, served_name=entry.served_name, path_map=entry.paths)
+            return remote_engine(
+                prepared,
+                endpoint,
+                served_name=entry.served_name,
+                path_map=entry.paths,
+                max_lora_rank=entry.max_lora_rank or DEFAULT_MAX_RANK,
+            )
         folder = self._folder / served.pool.name
         if plan.place > 1:
             folder /= f"@{plan.place}"  # no part of a base's name begins so
