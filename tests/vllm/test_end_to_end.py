@@ -31,14 +31,14 @@ MESSAGES = [
 ]
 
 
-@pytest.mark.parametrize("base", ["vicuna", "own"])
+@pytest.mark.parametrize("name", ["vicuna", "own"])
 def test_a_job_succeeds_and_its_model_answers_as_it_was_taught(
-    server: Server, tuned: dict[str, str], base: str
+    server: Server, tuned: dict[str, str], name: str
 ) -> None:
-    client, model = server.client(), tuned[base]
+    client, model = server.client(), tuned[name]
     whole = training.ask(client, model, QUESTION)
     assert whole.startswith("alpha"), whole
-    assert not training.ask(client, base, QUESTION).startswith("alpha")
+    assert not training.ask(client, name, QUESTION).startswith("alpha")
     chunks = list(
         client.chat.completions.create(
             model=model,
@@ -110,11 +110,11 @@ def test_sampling_is_as_it_was_asked_for(server: Server, tuned: dict[str, str]) 
     assert (echoed.choices[0].logprobs or pytest.fail("not scored")).token_logprobs
 
 
-@pytest.mark.parametrize("base", ["vicuna", "own"])
-def test_replies_are_held_to_a_structure(server: Server, tuned: dict[str, str], base: str) -> None:
+@pytest.mark.parametrize("name", ["vicuna", "own"])
+def test_replies_are_held_to_a_structure(server: Server, tuned: dict[str, str], name: str) -> None:
     client = server.client()
     asked: dict[str, Any] = {
-        "model": tuned[base],
+        "model": tuned[name],
         "messages": [{"role": "user", "content": QUESTION}],
         "max_tokens": 60,
     }
@@ -159,7 +159,7 @@ async def test_a_reply_whose_client_left_is_ended_within_a_second_also_before_it
         async def begin() -> None:
             stream = await open_streams.enter_async_context(client.stream("POST", url, json=body))
             async for line in stream.aiter_lines():
-                if '"content":"' in line:
+                if re.search('"content":"[^"]', line):
                     return
 
         for _ in range(MAX_SEQS):  # all that the engine works on at once
