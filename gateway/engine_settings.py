@@ -31,9 +31,8 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     key_file: str | None = None
     key_env: str | None = None
     paths: dict[str, str] = {}  # a folder here = the same folder as the servers at `urls` see it
-    max_lora_rank: int | None = None  # that the vLLM at `urls` was started with; None: vLLM's default
+    max_lora_rank: int | None = None  # that the vLLMs at `urls` were started with (they do not tell); None: vLLM's default
     python: str | None = None  # of the environment that vLLM is installed in
-    max_lora_rank: int | None = None  # that the vLLMs at `urls` were started with: they do not tell
     args: list[str] = []  # further arguments of a spawned vLLM
 
     def __repr__(self) -> str:
