@@ -10,7 +10,7 @@ from starlette.routing import Route
 from gateway.errors import RequestError
 from gateway.jobs.supervisor import unknown_job
 from gateway.routes import caller_of, project_of
-from gateway.routes.body import read_json
+from gateway.routes.body import read_asked
 from gateway.store import checkpoints as checkpoint_statements
 from gateway.store import events as event_statements
 from gateway.store import jobs as statements
@@ -26,7 +26,7 @@ async def create_job(request: Request) -> Response:
     """A job that is answered is committed. With an Idempotency-Key there is one job, however often it is asked for."""
     state = request.app.state
     key = wire.parse_idempotency_key(request.headers.get("idempotency-key"))
-    asked = wire.parse_create(await read_json(request, state.settings.limits.body_bytes))
+    asked = wire.parse_create(await read_asked(request.receive, state.settings, "fine_tuning"))
     caller = caller_of(request.scope)
     job = await state.supervisor.create(asked, key, caller.project_id, caller.limits.jobs)
     return _answer(request, job)

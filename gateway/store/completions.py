@@ -44,6 +44,8 @@ def select_completions(
     order: Order,
     model: str | None = None,
     metadata: Mapping[str, str] | Literal["none"] | None = None,
+    created_after: int | None = None,
+    created_before: int | None = None,
 ) -> Page[Completion]:
     where: list[ColumnElement[bool]] = [completions.c.project_id == project_id, completions.c.deleted_at.is_(None)]
     if model is not None:
@@ -52,6 +54,10 @@ def select_completions(
         where.append(completions.c.metadata.is_(None))
     elif metadata is not None:
         where += [completions.c.metadata[key].as_string() == value for key, value in metadata.items()]
+    if created_after is not None:
+        where.append(completions.c.created_at > created_after)
+    if created_before is not None:
+        where.append(completions.c.created_at < created_before)
     page = select_page(connection, completions, *where, limit=limit, after=after, order=order)
     return Page([_completion(row) for row in page.items], page.has_more)
 

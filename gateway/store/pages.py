@@ -27,20 +27,23 @@ def select_page(
     after: str | None = None,
     order: Order = "desc",
     id_column: str = "id",
+    by: str = "created_at",
 ) -> Page[RowMapping]:
     """At most `limit` rows of `table` that satisfy `where`, by (created_at, seq), newest first unless `order` is "asc".
+
+    `by` names another column of times in created_at's place; rows that change it meanwhile move.
 
     The row named `after` gives only the place: it may have been deleted in the sense of `where`. A name that the table
     never held has nothing after it.
     """
     statement: Select[Any] = select(table).where(*where)
-    created_at: Column[int] = table.c.created_at
+    created_at: Column[int] = table.c[by]
     seq: Column[int] = table.c.seq
     if after is not None:
         place = connection.execute(select(created_at, seq).where(table.c[id_column] == after)).one_or_none()
         if place is None:
             return Page([], has_more=False)
-        statement = statement.where(_beyond(created_at, seq, place.created_at, place.seq, order))
+        statement = statement.where(_beyond(created_at, seq, place[0], place[1], order))
     if order == "desc":
         statement = statement.order_by(created_at.desc(), seq.desc())
     else:

@@ -370,6 +370,7 @@ eval_runs = Table(
     Column("status", Text, nullable=False, index=True),  # queued | in_progress | completed | canceled | failed
     Column("error", Json),
     Column("n_items", Integer),  # NULL until its data were read
+    Column("summary", Json),  # NULL until it is over
     Column("deleted_at", BigInteger),
     Index("ix_eval_runs_listed", "eval_id", "created_at", "seq"),
     sqlite_autoincrement=True,

@@ -38,7 +38,7 @@ class Completion:
 def parse_create(body: Body, limit_bytes: int) -> NewUpload:
     """Raises RequestError that names the field."""
     refuse_unknown(body, ("bytes", "filename", "mime_type", "purpose", "expires_after"))
-    size_bytes = integer(body, "bytes", 1, limit_bytes)
+    size_bytes = integer(body, "bytes", 0, limit_bytes)
     if size_bytes is None:
         raise RequestError("you must provide 'bytes', how many the file has", param="bytes")
     purpose = parse_purpose(required_string(body, "purpose", 100))

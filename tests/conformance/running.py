@@ -20,6 +20,7 @@ IGNORED = (
     "responses.conversation",
     "responses.context_management",
     "responses.prompt",
+    "fine_tuning.integrations",
 )
 SETTINGS = """
 default_model = "tunegate-demo"

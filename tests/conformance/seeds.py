@@ -11,6 +11,7 @@ from pathlib import Path
 from sqlalchemy import Connection, create_engine, delete, event, insert, select
 
 from gateway.store import tables
+from gateway.wire.evals import sample_object
 
 CREATED_AT = 1_760_000_000
 _INPUT = {
@@ -60,8 +61,8 @@ def put(connection: Connection, file_id: str) -> None:
     """Every row in its first state; `file_id` is an uploaded file, whose bytes the seeded ones share."""
     for table, rows in _rows(connection, file_id).items():
         target = tables.metadata.tables[table]
-        ids = [row["id"] for row in rows]
-        connection.execute(delete(target).where(target.c.id.in_(ids)))
+        key = target.c["name" if table == "models" else "id"]
+        connection.execute(delete(target).where(key.in_([row[key.name] for row in rows])))
         for row in rows:
             connection.execute(insert(target).values(**row))
 
@@ -70,7 +71,7 @@ def _rows(connection: Connection, file_id: str) -> dict[str, list[dict[str, obje
     files = tables.files
     found = connection.execute(select(files).where(files.c.id == file_id)).mappings().one()
     uploaded = {name: value for name, value in found.items() if name != "seq"}
-    named = ("file-abc123", "file_id", "input_file_id")
+    purposes = {"file-abc123": "fine-tune", "file_id": "fine-tune", "input_file_id": "batch"}
     said = [
         {"role": "assistant", "content": "Hello."}
     ]  # the SDK's strict mode knows stored messages of this role alone
@@ -110,7 +111,105 @@ def _rows(connection: Connection, file_id: str) -> dict[str, list[dict[str, obje
             }
             for name in ("resp_677efb5139a88190b512bc3fef8e535d", "previous_response_id", "resp_123", "response_id")
         ],
-        "files": [{**uploaded, "id": name} for name in named],
+        "evals": [
+            {
+                "id": "eval_id",
+                "created_at": CREATED_AT,
+                "updated_at": CREATED_AT,
+                "name": "seeded",
+                "data_source_config": {"type": "custom", "schema": {"type": "object"}},
+                "testing_criteria": [
+                    {
+                        "type": "string_check",
+                        "name": "same",
+                        "input": "{{ item.foo }}",
+                        "reference": "bar",
+                        "operation": "eq",
+                    }
+                ],
+                "metadata": None,
+            }
+        ],
+        "eval_runs": [
+            {
+                "id": "run_id",
+                "created_at": CREATED_AT,
+                "eval_id": "eval_id",
+                "name": "seeded",
+                "model": "",
+                "data_source": {
+                    "type": "jsonl",
+                    "source": {"type": "file_content", "content": [{"item": {"foo": "bar"}}]},
+                },
+                "status": "canceled",
+                "n_items": 1,
+            }
+        ],
+        "eval_items": [
+            {
+                "id": "output_item_id",
+                "created_at": CREATED_AT,
+                "run_id": "run_id",
+                "number": 0,
+                "status": "pass",
+                "item": {"foo": "bar"},
+                "sample": sample_object(),
+                "results": [{"name": "same", "passed": True, "score": 1.0}],
+                "usage": {},
+            }
+        ],
+        "uploads": [
+            {
+                "id": "upload_abc123",
+                "created_at": CREATED_AT,
+                "filename": "seed.jsonl",
+                "purpose": "fine-tune",
+                "mime_type": "application/jsonl",
+                "size_bytes": uploaded["size_bytes"],
+                "status": "pending",
+                "expires_at": 4_000_000_000,
+            }
+        ],
+        "upload_parts": [
+            {
+                "id": "string",
+                "upload_id": "upload_abc123",
+                "created_at": CREATED_AT,
+                "size_bytes": uploaded["size_bytes"],
+                "digest": uploaded["digest"],
+            }
+        ],
+        "batches": [
+            {
+                "id": "batch_id",
+                "created_at": CREATED_AT,
+                "endpoint": "/v1/responses",
+                "input_file_id": "input_file_id",
+                "input_digest": uploaded["digest"],
+                "completion_window": "24h",
+                "expires_at": CREATED_AT + 86_400,
+                "status": "cancelled",
+                "times": {"cancelling": CREATED_AT, "cancelled": CREATED_AT},
+                "n_total": 0,
+                "n_completed": 0,
+                "n_failed": 0,
+            }
+        ],
+        "models": [
+            {
+                "name": name,
+                "created_at": CREATED_AT,
+                "base": "tunegate-demo",
+                "adapter_digest": "sha256:" + "0" * 64,
+                "adapter_path": "nowhere",
+                "engine_name": "nobody",
+                "template_digest": "sha256:" + "0" * 64,
+                "owned_by": "seeded",
+                "deleted_at": CREATED_AT,
+            }
+            for name in ("ft:gpt-4o-mini:acemeco:suffix:abc123", "ft:gpt-4o-mini-2024-07-18:org:weather:B7R9VjQd")
+        ],
+        "files": [{**uploaded, "id": name, "purpose": purpose} for name, purpose in purposes.items()],
         "jobs": [
             {
                 "id": "ft-AF1WoRqd3aJAHsqc9NY7iL8F",

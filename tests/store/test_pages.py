@@ -86,7 +86,7 @@ def test_a_page_far_behind_is_found_through_the_index_and_not_by_walking(connect
         statement, parameters = asked[-1]
         plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)  # type: ignore[arg-type]
         (step,) = [row.detail for row in plan]
-        assert re.search(r"USING INDEX ix_files_listed \(project_id=\? AND \(created_at,seq\)", step), step
+        assert re.search(r"USING INDEX ix_files_listed \(project_id=\? AND \(?created_at", step), step
 
 
 def test_an_id_that_never_was_has_nothing_after_it(connection: Connection) -> None:

@@ -63,6 +63,7 @@ def upgrade() -> None:
         sa.Column("status", sa.Text(), nullable=False),
         sa.Column("error", _JSON),
         sa.Column("n_items", sa.Integer()),
+        sa.Column("summary", _JSON),
         sa.Column("deleted_at", sa.BigInteger()),
         indexes=[
             ("ix_eval_runs_listed", ["eval_id", "created_at", "seq"]),
