@@ -61,6 +61,9 @@ bench-rendering: $(READY) ## what rendering 8k tokens costs, and the next turn o
 bench-llama: $(READY) ## the llama worker beside llama-server and llama-cpp-python's server (BENCH="--quick" for two minutes)
 	@$(BIN)/python -m tests.bench.llama_worker $(BENCH)
 
+bench-listing: $(READY) ## a page of a list, in a store of 100 and in one of 10,000 jobs and 100,000 events
+	@$(BIN)/python -m tests.bench.listing
+
 clean: ## remove what tests and tools leave behind (not .venv, not data)
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.* htmlcov
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

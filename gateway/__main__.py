@@ -41,6 +41,7 @@ def serve(
 ) -> None:
     """Serve the API until SIGTERM or Ctrl-C; ready when /readyz answers 200."""
     from gateway.app import create_app  # the other commands start without it
+    from gateway.connection import Connection, Server
     from gateway.keys import require_key
     from gateway.logs import set_up
     from gateway.store.datadir import DataDir
@@ -59,13 +60,13 @@ def serve(
     typer.echo(f"Tunegate {__version__} on http://{settings.host}:{settings.port}/v1, data in {settings.data_dir}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time, and children are spawned from here
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    server = uvicorn.Server(
+    server = Server(
         uvicorn.Config(
             create_app(settings, data_dir),
             host=settings.host,
             port=settings.port,
             loop="uvloop",
-            http="httptools",
+            http=Connection,
             ws="none",
             lifespan="on",
             access_log=False,

@@ -7,6 +7,7 @@ from the request's content.
 from __future__ import annotations
 
 import hashlib
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
 
@@ -14,6 +15,9 @@ Scope = Literal["infer", "files", "tune", "admin"]
 
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 DEFAULT_PROJECT = "default"
+
+# The W3C `traceparent` of the request that is being answered, for the engine; None where nothing is traced.
+TRACEPARENT: ContextVar[str | None] = ContextVar("TRACEPARENT", default=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ the running server, which says on `/readyz` when they answer.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -32,6 +33,8 @@ from gateway.routes import (
     health,
     models,
     moderations,
+    openapi,
+    permissions,
     preview,
     responses,
     stored_completions,
@@ -43,6 +46,7 @@ from gateway.routes.body import ClientLeft
 from gateway.routes.reply import error_response
 from gateway.settings import Settings, is_loopback
 from gateway.store.datadir import DataDir
+from gateway.tracing import open_tracer
 
 logger = logging.getLogger("tunegate")
 
@@ -58,11 +62,13 @@ ROUTES = [
     *graders.routes,
     *evals.routes,
     *moderations.routes,
+    *permissions.routes,
     *preview.routes,
     *templates.routes,
     *uploads.routes,
     *batches.routes,
     *usage.routes,
+    *openapi.routes,
     *health.routes,
 ]
 
@@ -77,6 +83,7 @@ def create_app(settings: Settings, data_dir: DataDir) -> Starlette:
             app.state.data_dir, app.state.store, app.state.blobs = house.data_dir, house.store, house.blobs
             app.state.catalog, app.state.inference = house.catalog, house.inference
             app.state.starting = house.starting
+            app.state.request_metrics, app.state.tracer = house.request_metrics, tracer
             app.state.keyring, app.state.batches = house.keyring, house.batches
             house.batches.start(app)
             app.state.supervisor = house.supervisor
@@ -84,7 +91,10 @@ def create_app(settings: Settings, data_dir: DataDir) -> Starlette:
             app.state.templates, app.state.previews = house.templates, house.previews
             yield
         log.flush()
+        if tracer is not None:
+            await asyncio.to_thread(tracer.close)
 
+    tracer = None if settings.otlp_endpoint is None else open_tracer(settings.otlp_endpoint)
     log = RequestLog(settings.log_format, enabled=settings.log_level in ("debug", "info"))
     hosts = frozenset(name.encode().lower() for name in settings.hosts)
     front = Middleware(Front, hosts=hosts, local=is_loopback(settings.host), log=log)
@@ -92,7 +102,7 @@ def create_app(settings: Settings, data_dir: DataDir) -> Starlette:
         routes=ROUTES,
         lifespan=lifespan,
         middleware=[front],
-        exception_handlers={TunegateError: _tell, HTTPException: _tell_router, ClientLeft: _say_nothing, 500: _crash},  # type: ignore[dict-item]
+        exception_handlers={TunegateError: _tell, HTTPException: _tell_router, ClientLeft: _say_nothing},  # type: ignore[dict-item]
     )
 
 
@@ -120,8 +130,3 @@ async def _tell_router(request: Request, error: HTTPException) -> Response:
 
 async def _say_nothing(_: Request, __: ClientLeft) -> Response:
     return Response(status_code=400)
-
-
-async def _crash(request: Request, error: Exception) -> Response:
-    logger.error("unexpected, at %s %s", request.method, request.url.path, exc_info=error)
-    return error_response(TunegateError("The server had an error while processing your request; its log says more."))

@@ -7,7 +7,8 @@
     │   │   └── ModelNotFound       404 model_not_found
     │   ├── MethodNotAllowed        405
     │   ├── BodyTooLarge            413
-    │   └── UnsupportedMediaType    415
+    │   ├── UnsupportedMediaType    415
+    │   └── TooSlow, HeadersTooLarge    408, 431: in `connection.py`, before there is a request
     ├── Unauthorized                401 invalid_api_key
     ├── Misdirected                 421
     ├── Forbidden                   403

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import secrets
 import time
 
@@ -17,11 +18,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import access
 from gateway.access import ANYBODY, Caller
-from gateway.errors import Forbidden, Misdirected, TunegateError, Unauthorized
+from gateway.errors import Forbidden, Misdirected, TunegateError, Unauthorized, UnsupportedMediaType
 from gateway.keys import Keyring
 from gateway.logs import RequestLog
 from gateway.routes import CALLER, REQUEST_ID, caller_of
 from gateway.routes.reply import error_response
+
+logger = logging.getLogger("tunegate")
 
 # The scope that a key needs, by the first part of the path behind /v1/.
 RESOURCES: dict[str, access.Scope] = {
@@ -36,6 +39,7 @@ RESOURCES: dict[str, access.Scope] = {
     "uploads": "files",
     "fine_tuning": "tune",
     "evals": "tune",
+    "openapi.json": "infer",
     "templates": "infer",  # to read them; to change them: admin
 }
 PROBES = ("/healthz", "/readyz")  # what asks for them has no key, and is told no more than a status
@@ -79,6 +83,9 @@ class Front:
             await send(message)
 
         scope[REQUEST_ID] = request_id
+        state = scope["app"].state
+        method, resource = scope["method"], resource_of(scope["path"])
+        span = None if state.tracer is None else state.tracer.begin(method, resource, scope["headers"])
         try:
             if CALLER in scope:  # a line of a batch, put here by this process: no connection can write into a scope
                 caller = caller_of(scope)
@@ -87,17 +94,27 @@ class Front:
                 scope[CALLER] = caller
                 if caller.allowance is not None:
                     caller.allowance.take_request()
-        except TunegateError as error:
-            await error_response(error)(scope, receive, send_named)
-        else:
             if caller.key_id is None:
                 await self._app(scope, receive, send_named)
             elif not await self._run_revocable(caller.key_id, scope, receive, send_named):
                 await _end_revoked(status, events, scope, receive, send_named)
+        except TunegateError as error:
+            if status:
+                raise
+            await error_response(error)(scope, receive, send_named)
+        except Exception as error:  # the boundary: a fault of ours ends one request
+            logger.error("unexpected, at %s %s", method, scope["path"], exc_info=error)
+            if status:
+                raise  # too late for an error object: the connection is cut
+            crash = TunegateError("The server had an error while processing your request; its log says more.")
+            await error_response(crash)(scope, receive, send_named)
         finally:
             took_s = time.perf_counter() - began
             key_id = None if caller is None else caller.key_id
-            self._log.add(request_id, scope["method"], scope["raw_path"], status, took_s, key_id)
+            self._log.add(request_id, method, scope["raw_path"], status, took_s, key_id)
+            state.request_metrics.observe(resource, method, status, took_s)
+            if span is not None:
+                state.tracer.end(span, method, status, request_id, key_id, caller and caller.project_id)
 
     async def _run_revocable(self, key_id: str, scope: Scope, receive: Receive, send: Send) -> bool:
         """Runs the request; False when its key was revoked before its end."""
@@ -128,6 +145,8 @@ class Front:
                 origin = value
             elif name == b"authorization":
                 authorization = value
+            elif name == b"content-encoding" and value.strip().lower() not in (b"identity", b""):
+                raise UnsupportedMediaType("A compressed body (Content-Encoding) is not taken: send it as it is.")
         self._check_origin(host, origin, n_hosts)
         path: str = scope["path"]
         if path in PROBES:
@@ -168,6 +187,13 @@ class Front:
             return True
         # Who rebinds a name comes under a name: an address cannot be rebound.
         return not self._local and _is_address(name)
+
+
+def resource_of(path: str) -> str:
+    """What a path is about, as metrics and traces name it: one of few words."""
+    parts = path.split("/", 3)
+    resource = parts[2] if len(parts) > 2 and parts[1] == "v1" else ""
+    return resource if resource in RESOURCES or resource == "organization" else "other"
 
 
 def scope_of(method: str, path: str) -> access.Scope:

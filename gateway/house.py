@@ -10,8 +10,12 @@ import asyncio
 import logging
 import time
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
 from typing import Self
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, start_http_server
 
 from gateway.bases import PreparedBase, prepare, read_base
 from gateway.batches.runner import Runner
@@ -31,10 +35,12 @@ from gateway.jobs.preview import Previews
 from gateway.jobs.supervisor import Supervisor
 from gateway.keys import Keyring
 from gateway.metering import Meter
+from gateway.metrics import RequestMetrics
 from gateway.models import added_names, is_added
 from gateway.responses import Responses
 from gateway.settings import BaseSettings, Settings
 from gateway.store import models as model_statements
+from gateway.store import permissions
 from gateway.store.blobs import Blobs
 from gateway.store.database import Store
 from gateway.store.datadir import DataDir
@@ -45,6 +51,7 @@ from gateway.templates import Templates
 logger = logging.getLogger("tunegate")
 
 WATCH_S = 2.0
+METRICS_HOST = "127.0.0.1"
 
 
 class House:
@@ -52,6 +59,7 @@ class House:
 
     def __init__(self, settings: Settings, data_dir: DataDir) -> None:
         self.settings = settings
+        self.registry = CollectorRegistry()
         self.data_dir = data_dir
         limits = settings.limits
         self.catalog = Catalog(Deadlines(limits.first_token_s, limits.between_tokens_s))
@@ -62,6 +70,7 @@ class House:
         self.templates = Templates(settings.templates, self.catalog)
         self.previews = Previews()
         self.residents = Residents(settings.engines.memory_bytes, settings.engines.start_wait_s)
+        self._metrics: tuple[WSGIServer, Thread] | None = None
         self._bundles: dict[str, Bundle] = {}
         self._starting: dict[str, asyncio.Task[None]] = {}
 
@@ -81,6 +90,10 @@ class House:
         )
         await self.templates.open(self.store)
         self.supervisor = Supervisor(self.store, self.blobs, self.data_dir, self.settings, self.catalog, self.engine)
+        self.request_metrics = RequestMetrics(self.inference, self.meter, lambda: len(self.keyring))
+        self.registry.register(self.request_metrics)
+        if self.settings.metrics_port is not None:
+            self._metrics = start_http_server(self.settings.metrics_port, METRICS_HOST, self.registry)
         self.residents.start()
         self.responses = Responses(self.store, self.inference)
         self.evals = EvalRunner(self.store, self.blobs, self.inference, self.graders)
@@ -108,6 +121,11 @@ class House:
         self.templates.close()
         self.catalog.close()
         await self.residents.stop()
+        if self._metrics is not None:
+            server, thread = self._metrics
+            await asyncio.to_thread(server.shutdown)
+            server.server_close()
+            await asyncio.to_thread(thread.join)
         await self.keyring.close()
         self._metering.cancel()
         await asyncio.gather(self._metering, return_exceptions=True)
@@ -221,7 +239,8 @@ class House:
     async def publish(self, row: ModelRow) -> None:
         """Serves a tuned model that the database has; its engine has it, or will when it is ready."""
         bundle = await self._bundle(Path(row.adapter_path) / "template")
-        projects = frozenset({row.project_id})
+        granted = await self.store.read(lambda connection: permissions.projects_of(connection, row.name))
+        projects = frozenset({row.project_id, *granted})
         tuned = TunedModel(row.name, row.base, bundle, row.engine_name, row.created_at, row.owned_by, projects)
         self.catalog.publish(tuned)
 

@@ -129,6 +129,9 @@ class Keyring:
             return None
         return next((caller for _, caller in self._callers.values() if caller.key_id == key_id), None)
 
+    def __len__(self) -> int:
+        return len(self._callers)
+
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_S)

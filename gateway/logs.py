@@ -38,6 +38,7 @@ class RequestLog:
         self._enabled = enabled
         self._descriptor = descriptor
         self._lines: list[bytes] = []
+        self._second, self._shown = 0, ""
 
     def add(
         self, request_id: bytes, method: str, raw_path: bytes, status: int, took_s: float, key_id: str | None
@@ -45,27 +46,25 @@ class RequestLog:
         """`raw_path` as it was sent, percent-encoded; the query is left out, for it may hold a client's values."""
         if not self._enabled:
             return
-        at = datetime.fromtimestamp(time.time(), UTC)
-        fields = {
-            "time": f"{at:%Y-%m-%dT%H:%M:%S}.{at.microsecond // 1000:03d}Z",
-            "level": "info",
-            "logger": "tunegate.request",
-            "id": request_id.decode(),
-            "method": method,
-            "path": raw_path[:500].decode("ascii", "backslashreplace"),
-            "status": status,
-            "ms": round(took_s * 1000, 1),
-            "key": key_id,
-        }
+        now, path = self._now(), raw_path[:500].decode("ascii", "backslashreplace")
         if self._json:
-            line = orjson.dumps(fields)
+            fields: dict[str, object] = {"time": now, "level": "info", "logger": "tunegate.request"}
+            fields |= {"id": request_id.decode(), "method": method, "path": path, "status": status}
+            line = orjson.dumps({**fields, "ms": round(took_s * 1000, 1), "key": key_id})
         else:
-            path = _escaped(fields["path"])  # type: ignore[arg-type]
-            said = f"{fields['time']} INFO tunegate.request: {method} {path} {status} {fields['ms']} ms"
-            line = f"{said} {fields['id']} {key_id or '-'}".encode()
+            said = f"{now} INFO tunegate.request: {method} {_escaped(path)} {status} {took_s * 1000:.1f} ms"
+            line = f"{said} {request_id.decode()} {key_id or '-'}".encode()
         if not self._lines:
             asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
         self._lines.append(line)
+
+    def _now(self) -> str:
+        """As 2026-11-21T08:00:00.123Z; the part before the point is made once a second."""
+        now = time.time()
+        second = int(now)
+        if second != self._second:
+            self._second, self._shown = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        return f"{self._shown}.{int((now - second) * 1000):03d}Z"
 
     def flush(self) -> None:
         data, self._lines = b"\n".join([*self._lines, b""]), []

@@ -26,6 +26,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._counts: dict[Slot, Count] = {}
+        self.totals: dict[tuple[str, Kind], Count] = {}  # since the start, by model and kind
 
     def add(
         self, caller: Caller, model: str, kind: Kind, prompt_tokens: int, completion_tokens: int, cached_tokens: int
@@ -33,13 +34,9 @@ class Meter:
         """One reply, also one that was cut short: with what it came to."""
         minute = int(time.time()) // MINUTE_S * MINUTE_S
         slot = Slot(minute, caller.project_id, caller.key_id or "", model, kind, caller.is_batch)
-        count = self._counts.get(slot)
-        if count is None:
-            count = self._counts[slot] = Count()
-        count.requests += 1
-        count.input_tokens += prompt_tokens
-        count.output_tokens += completion_tokens
-        count.cached_tokens += cached_tokens
+        one = Count(1, prompt_tokens, completion_tokens, cached_tokens)
+        self._counts.setdefault(slot, Count()).add(one)
+        self.totals.setdefault((model, kind), Count()).add(one)
 
     async def run(self, store: Store) -> None:
         """Writes what was counted every second, for ever."""

@@ -95,6 +95,8 @@ class Settings(Section, frozen=True):
 
     host: str = "127.0.0.1"
     port: int = 8000
+    metrics_port: int | None = None  # of /metrics, on loopback; None: it is not served
+    otlp_endpoint: str | None = None  # where OpenTelemetry's traces go; None: none are made
     hosts: list[str] = []  # further names that the server is reached under
     data: str = ""
     organization: str = "local"

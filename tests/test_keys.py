@@ -175,6 +175,22 @@ def test_what_a_project_has_is_not_there_for_another(keyed: tuple[Server, str]) 
     ):
         with pytest.raises(openai.NotFoundError, match="does not exist or you do not have access to it"):
             refused()
+    boss = client(server, admin)
+    granted = boss.fine_tuning.checkpoints.permissions.create(ask["model"], project_ids=["blue", "green"])
+    assert [found.project_id for found in granted.data] == ["blue", "green"]
+    assert blue.chat.completions.create(**ask).choices, "what is granted is seen at once"
+    with pytest.raises(openai.PermissionDeniedError, match="belongs to another project"):
+        blue.models.delete(ask["model"])
+    with pytest.raises(openai.PermissionDeniedError, match="needs 'admin'"):
+        red.fine_tuning.checkpoints.permissions.create(ask["model"], project_ids=["blue"])
+    shown = boss.fine_tuning.checkpoints.permissions.list(ask["model"], order="ascending", limit=1)
+    assert shown.data[0].id == granted.data[0].id and shown.has_more
+    for _ in range(2):
+        assert boss.fine_tuning.checkpoints.permissions.delete(
+            granted.data[0].id, fine_tuned_model_checkpoint=ask["model"]
+        ).deleted
+    with pytest.raises(openai.NotFoundError):
+        blue.models.retrieve(ask["model"])
     assert red.models.delete(ask["model"]).deleted
 
 

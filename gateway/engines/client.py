@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast
 import httptools
 import orjson
 
+from gateway.access import TRACEPARENT
 from gateway.errors import EngineError, EngineTimeout, EngineUnavailable, RequestError
 
 _PAUSE_AT, _FRAME_LIMIT_BYTES = 256, 32 * 1024 * 1024
@@ -378,10 +379,12 @@ class _Connection(asyncio.Protocol):
 
 
 def _request(endpoint: Endpoint, path: str, body: bytes) -> bytes:
+    traceparent = TRACEPARENT.get()
+    trace = "" if traceparent is None else f"traceparent: {traceparent}\r\n"
     head = (
         f"POST {path} HTTP/1.1\r\nhost: {endpoint.host}:{endpoint.port}\r\n"
         f"authorization: Bearer {endpoint.key}\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(body)}\r\n\r\n"
+        f"{trace}content-length: {len(body)}\r\n\r\n"
     )
     return head.encode("latin-1") + body
 

@@ -29,7 +29,7 @@ from gateway.jobs.folder import last_log_line, sweep_folders, tidy_folder
 from gateway.jobs.launcher import Launcher, adopt_check, adopt_trainer
 from gateway.jobs.names import checkpoint_name
 from gateway.jobs.publication import Publication, sweep_deleted
-from gateway.jobs.training import END_GRACE_S, POLL_S, JobCancelled, JobFailed, Training
+from gateway.jobs.training import END_GRACE_S, POLL_S, JobCancelled, JobFailed, JobPaused, Training
 from gateway.settings import Settings
 from gateway.store import jobs as statements
 from gateway.store import models as model_statements
@@ -53,9 +53,10 @@ MAX_FAULTS = 5  # errors of our own in a row, before the job is given up
 
 @dataclass
 class _Drive:
-    """A job that is being driven. `stop` is set when it was cancelled."""
+    """A job that is being driven. `stop` is set when it was cancelled, `pause` while it is to be paused."""
 
     stop: asyncio.Event = field(default_factory=asyncio.Event)
+    pause: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
 
 
@@ -112,6 +113,29 @@ class Supervisor:
                 drive.stop.set()
             self._end_later(job_id)
             self._wake.set()
+        return job
+
+    async def pause(self, job_id: str, project_id: str) -> Job:
+        """The job, which starts no trainer from now on; one that runs ends with its next checkpoint. Raises NotFound."""
+        return await self._change(job_id, project_id, statements.pause_job)
+
+    async def resume(self, job_id: str, project_id: str) -> Job:
+        """The job, which goes on where it was. Raises NotFound."""
+        return await self._change(job_id, project_id, statements.resume_job)
+
+    async def _change(self, job_id: str, project_id: str, change: Callable[[Connection, str], bool]) -> Job:
+        def change_now(connection: Connection) -> Job:
+            if statements.select_job(connection, job_id, project_id) is None:
+                raise unknown_job(job_id)
+            change(connection, job_id)
+            job = statements.select_job(connection, job_id, project_id)
+            assert job is not None
+            return job
+
+        job = await self._store.write(change_now)
+        if (drive := self._drives.get(job_id)) is not None:
+            drive.pause.set() if job.pause == "asked" else drive.pause.clear()
+        self._wake.set()
         return job
 
     @property
@@ -279,6 +303,8 @@ class Supervisor:
 
     async def _train_and_publish(self, job: Job, folder: JobDir, stop: asyncio.Event) -> None:
         organization = self._settings.organization
+        drive = self._drives[job.id]
+        drive.pause.set() if job.pause == "asked" else drive.pause.clear()
         training = Training(
             self._store,
             self._launcher,
@@ -287,8 +313,14 @@ class Supervisor:
             name_checkpoint=lambda step: checkpoint_name(job, organization, step),
             hang_timeout_s=self._settings.jobs.hang_timeout_s,
             stop=stop,
+            pause=drive.pause,
         )
-        result = await training.run()
+        try:
+            result = await training.run()
+        except JobPaused as paused:
+            step = paused.step
+            await self._store.write(lambda connection: statements.park_job(connection, job.id, step))
+            return
         if result.status == "failed":
             error = result.error or TrainerError("trainer_failed", "The trainer failed and gave no reason")
             raise JobFailed(error.code, error.message, error.param)

@@ -38,6 +38,14 @@ class JobCancelled(Exception):
     """The job is over in the database: nothing more is done for it."""
 
 
+class JobPaused(Exception):
+    """The trainer was ended behind a checkpoint, as somebody asked."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"paused at step {step}")
+        self.step = step
+
+
 class JobFailed(Exception):
     """The job cannot go on, and why."""
 
@@ -47,7 +55,10 @@ class JobFailed(Exception):
 
 
 class Training:
-    """`await run()` gives the result. `stop` is set when the job was cancelled: its trainer is ended then."""
+    """`await run()` gives the result. `stop` is set when the job was cancelled: its trainer is ended then.
+
+    `pause` is set while the job is to be paused: its trainer is ended with the next checkpoint that is not its last.
+    """
 
     def __init__(
         self,
@@ -59,6 +70,7 @@ class Training:
         name_checkpoint: Callable[[int], str],
         hang_timeout_s: float,
         stop: asyncio.Event,
+        pause: asyncio.Event | None = None,
     ) -> None:
         self.job = job  # with the cursor as it was last stored
         self._store = store
@@ -67,10 +79,12 @@ class Training:
         self._name_checkpoint = name_checkpoint
         self._hang_timeout_s = hang_timeout_s
         self._stop = stop
+        self._to_pause = pause or asyncio.Event()
+        self._paused_at: int | None = None  # the step behind which the trainer is ended
         self._contended = 0
 
     async def run(self) -> Result:
-        """What the trainer left. Raises JobCancelled, JobFailed."""
+        """What the trainer left. Raises JobCancelled, JobFailed, JobPaused."""
         ended: str | None = None
         while True:
             if await asyncio.to_thread(self._folder.is_locked):
@@ -79,12 +93,14 @@ class Training:
             result = await self._read_result()
             if result is not None:
                 return result
+            if self._paused_at is not None:
+                raise JobPaused(self._paused_at)
             ended = await self._follow(await self._start(ended))
 
     async def _start(self, ended: str | None) -> ProcessHandle:
         """A trainer; unless it is the first, the job's events say why, and it may be refused."""
         folder, job = self._folder, self.job
-        if ended is None and await asyncio.to_thread(has_attempts, folder):
+        if ended is None and job.pause != "resumed" and await asyncio.to_thread(has_attempts, folder):
             ended = "The trainer was gone"
         if ended:
             step = await asyncio.to_thread(newest_checkpoint, folder)
@@ -121,7 +137,7 @@ class Training:
                     continue
                 if not alive:
                     break
-                if self._stop.is_set() and trainer is not None:
+                if (self._stop.is_set() or self._paused_at is not None) and trainer is not None:
                     await trainer.end(END_GRACE_S)
                 elif trainer is not None and time.monotonic() - heard_at > self._hang_timeout_s:
                     hung = True
@@ -167,6 +183,9 @@ class Training:
             await asyncio.sleep(RETRY_S)
             return True
         if stored:
+            for checkpoint in progress.checkpoints:
+                if self._to_pause.is_set() and checkpoint.step_number != checkpoint.metrics.get("total_steps"):
+                    self._paused_at = checkpoint.step_number
             self.job = replace(job, attempt=progress.attempt, cursor_offset=progress.offset)
             return True
         current = await self._store.read(lambda connection: statements.select_job(connection, job.id))

@@ -67,6 +67,24 @@ async def cancel_job(request: Request) -> Response:
     return _answer(request, job)
 
 
+async def pause_job(request: Request) -> Response:
+    """OpenAI's enum has no state for it: a paused job is shown as queued, and its events tell. Pausing twice is fine."""
+    job = await request.app.state.supervisor.pause(request.path_params["job_id"], project_of(request))
+    return _answer(request, _unless_over(job, "paused"))
+
+
+async def resume_job(request: Request) -> Response:
+    """The job goes on from its newest checkpoint. Resuming one that is not paused changes nothing."""
+    job = await request.app.state.supervisor.resume(request.path_params["job_id"], project_of(request))
+    return _answer(request, _unless_over(job, "resumed"))
+
+
+def _unless_over(job: Job, what: str) -> Job:
+    if job.is_over:
+        raise RequestError(f"Job {job.id} has {job.status} and cannot be {what} any more.", code="invalid_job_status")
+    return job
+
+
 async def list_events(request: Request) -> Response:
     """Newest first, unless `order` is "asc"."""
     job_id, project_id = request.path_params["job_id"], project_of(request)
@@ -113,6 +131,8 @@ routes = [
     Route("/v1/fine_tuning/jobs", list_jobs, methods=["GET"]),
     Route("/v1/fine_tuning/jobs/{job_id}", retrieve_job, methods=["GET"]),
     Route("/v1/fine_tuning/jobs/{job_id}/cancel", cancel_job, methods=["POST"]),
+    Route("/v1/fine_tuning/jobs/{job_id}/pause", pause_job, methods=["POST"]),
+    Route("/v1/fine_tuning/jobs/{job_id}/resume", resume_job, methods=["POST"]),
     Route("/v1/fine_tuning/jobs/{job_id}/events", list_events, methods=["GET"]),
     Route("/v1/fine_tuning/jobs/{job_id}/checkpoints", list_checkpoints, methods=["GET"]),
 ]

@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from gateway.errors import Forbidden, ModelNotFound
+from gateway.errors import Forbidden
 from gateway.routes import project_of
 from gateway.store import models as statements
 from gateway.wire.models import deleted_body, model_body
@@ -35,7 +35,7 @@ async def delete_model(request: Request) -> Response:
             f"'{name}' is not a tuned model; bases and aliases are removed in the settings file", param="model"
         )
     if not await state.store.write(lambda connection: statements.delete(connection, project, name)):
-        raise ModelNotFound(name)
+        raise Forbidden(f"'{name}' belongs to another project, which alone deletes it", param="model")
     state.catalog.withdraw(name)
     await state.catalog.base(served.base).engine.drop_adapter(served.engine_model)
     return JSONResponse(deleted_body(name))

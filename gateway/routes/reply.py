@@ -23,6 +23,11 @@ _STREAM_HEADERS = [
 DONE = b"data: [DONE]\n\n"
 
 
+def error_bytes(error: TunegateError) -> bytes:
+    """OpenAI's error object as it is sent."""
+    return orjson.dumps(error.body())
+
+
 def error_response(error: TunegateError) -> Response:
     """OpenAI's error object, with the headers that go with it."""
     headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
@@ -30,7 +35,7 @@ def error_response(error: TunegateError) -> Response:
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, BodyTooLarge):
         headers["Connection"] = "close"  # else the rest of the body would be read and thrown away, however long it is
-    return Response(orjson.dumps(error.body()), error.status, headers, "application/json")
+    return Response(error_bytes(error), error.status, headers, "application/json")
 
 
 def new_id(prefix: str) -> str:

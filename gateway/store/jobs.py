@@ -22,6 +22,9 @@ from gateway.store.tables import jobs as _jobs
 
 Status = Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
 
+# asked: its trainer is to end with the next checkpoint. paused: it is not started until somebody resumes it.
+Pause = Literal["asked", "paused", "resumed"]
+
 ACTIVE: tuple[Status, ...] = ("validating_files", "queued", "running")
 WAITING: tuple[Status, ...] = ("validating_files", "queued")
 
@@ -53,6 +56,7 @@ class Job:
     attempt: int = 0
     cursor_offset: int = 0
     check: dict[str, Any] | None = None
+    pause: Pause | None = None
     rendering: dict[str, Any] = field(default_factory=dict)  # `tunegate` as asked: turns, chat_template_kwargs
 
     @property
@@ -161,13 +165,51 @@ def claim_job(connection: Connection, parallel: int, event: NewEvent) -> Job | N
     running = select(func.count()).select_from(_jobs).where(_jobs.c.status == "running")
     if connection.execute(running).scalar_one() >= parallel:
         return None
-    oldest = select(_jobs.c.id).where(_jobs.c.status == "queued").order_by(_jobs.c.seq).limit(1)
+    waiting = (_jobs.c.status == "queued", func.coalesce(_jobs.c.pause, "") != "paused")
+    oldest = select(_jobs.c.id).where(*waiting).order_by(_jobs.c.seq).limit(1)
     job_id = connection.execute(oldest).scalar_one_or_none()
     if job_id is None or not _leave(
-        connection, job_id, ("queued",), [event], status="running", started_at=int(time.time())
+        connection,
+        job_id,
+        ("queued",),
+        [event],
+        status="running",
+        started_at=func.coalesce(_jobs.c.started_at, int(time.time())),
     ):
         return None
     return select_job(connection, job_id)
+
+
+def pause_job(connection: Connection, job_id: str) -> bool:
+    """Notes that a job is to be paused. False when it was over."""
+    job = select_job(connection, job_id)
+    if job is None or job.is_over:
+        return False
+    if job.pause in ("asked", "paused"):
+        return True
+    running = job.status == "running"
+    told = "The trainer stops with its next checkpoint, and the job is paused then" if running else "The job is paused"
+    pause: Pause = "asked" if running else "paused"
+    return _leave(connection, job_id, (job.status,), [NewEvent(told)], pause=pause)
+
+
+def park_job(connection: Connection, job_id: str, step: int) -> bool:
+    """running → queued and paused, for a job whose trainer ended behind a checkpoint. False when that is no longer asked."""
+    job = select_job(connection, job_id)
+    if job is None or job.pause != "asked":
+        return False
+    told = f"The job is paused behind the checkpoint at step {step}; it is shown as queued until it is resumed"
+    return _leave(connection, job_id, ("running",), [NewEvent(told)], status="queued", pause="paused")
+
+
+def resume_job(connection: Connection, job_id: str) -> bool:
+    """Lets a paused job go on. False when it was over."""
+    job = select_job(connection, job_id)
+    if job is None or job.is_over:
+        return False
+    if job.pause not in ("asked", "paused"):
+        return True
+    return _leave(connection, job_id, (job.status,), [NewEvent("The job is resumed")], pause="resumed")
 
 
 def fail_job(
@@ -312,5 +354,6 @@ def _job(row: RowMapping) -> Job:
         attempt=row["attempt"],
         cursor_offset=row["cursor_offset"],
         check=row["check"],
+        pause=row["pause"],
         rendering=(row["method"] or {}).get("tunegate", {}),
     )

@@ -37,6 +37,13 @@ def select_model(connection: Connection, name: str, project_id: str = DEFAULT_PR
     return None if row is None else _model(row)
 
 
+def select_named(connection: Connection, name: str) -> ModelRow | None:
+    """The model of that name, whichever project it belongs to."""
+    where = (models.c.name == name, models.c.deleted_at.is_(None))
+    row = connection.execute(select(models).where(*where)).mappings().first()
+    return None if row is None else _model(row)
+
+
 def list_all(connection: Connection) -> list[ModelRow]:
     """Every model that is not deleted, oldest first."""
     rows = connection.execute(select(models).where(models.c.deleted_at.is_(None)).order_by(models.c.seq)).mappings()

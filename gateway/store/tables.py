@@ -93,6 +93,7 @@ jobs = Table(
     Column("attempt", Integer, nullable=False, server_default="0"),  # 0: no trainer was started yet
     Column("cursor_offset", BigInteger, nullable=False, server_default="0"),  # bytes read of the attempt's events.jsonl
     Column("check", Json),  # what the trainer's check found
+    Column("pause", Text),  # asked | paused | resumed; NULL: nobody ever asked
     UniqueConstraint("project_id", "idempotency_key"),
     Index("ix_jobs_listed", "project_id", "created_at", "seq"),
     sqlite_autoincrement=True,
@@ -286,14 +287,15 @@ idempotency = Table(
     sqlite_autoincrement=True,
 )
 
+# `project_id` is the project that may see the model, beside its own.
 permissions = Table(
     "permissions",
     metadata,
     _seq(),
     Column("id", Text, nullable=False, unique=True),  # "cp_…"
+    Column("project_id", Text, nullable=False),
     Column("created_at", BigInteger, nullable=False),
     Column("model", Text, nullable=False),
-    Column("project_id", Text, nullable=False),  # that may see it, beside its own
     Column("deleted_at", BigInteger),
     Index("ix_permissions_listed", "model", "created_at", "seq"),
     sqlite_autoincrement=True,

@@ -84,7 +84,7 @@ def test_a_prompt_over_the_context_is_context_length_exceeded(server: Server) ->
 
 def test_the_router_speaks_openais_shape_too(server: Server) -> None:
     check_error(httpx.get(f"{server.base_url}/nothing"), 404, code="unknown_url")
-    check_error(httpx.get(f"{server.base_url}/chat/completions"), 405)
+    check_error(httpx.get(f"{server.base_url}/completions"), 405)
 
 
 def test_foreign_hosts_and_origins_are_refused_and_forwarded_ports_are_not(server: Server) -> None:

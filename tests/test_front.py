@@ -1,0 +1,89 @@
+"""The front door alone: what goes wrong behind it is told in OpenAI's shape, and costs one request."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from gateway.engines.catalog import Catalog
+from gateway.engines.client import Deadlines
+from gateway.front import Front, resource_of, scope_of
+from gateway.inference import Inference
+from gateway.keys import Keyring, create_key, revoke_key
+from gateway.logs import RequestLog
+from gateway.metering import Meter
+from gateway.metrics import RequestMetrics
+from gateway.store import Store
+
+pytestmark = pytest.mark.anyio
+
+
+async def crash(_: Request) -> Response:
+    raise RuntimeError("the secret inside")
+
+
+async def fine(_: Request) -> Response:
+    return Response("fine")
+
+
+@pytest.fixture
+async def http(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    store = Store.open(tmp_path / "tunegate.db")
+    keyring = Keyring(store, tmp_path / "keys.stamp")
+    await keyring.open()
+    front = Middleware(Front, hosts=frozenset(), local=True, log=RequestLog("text", enabled=False))
+    app = Starlette(routes=[Route("/v1/files", crash), Route("/v1/models", fine)], middleware=[front])
+    inference = Inference(Catalog(Deadlines(1, 1)), 8)
+    app.state.keyring, app.state.tracer = keyring, None
+    app.state.request_metrics = RequestMetrics(inference, Meter(), lambda: len(keyring))
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        yield client
+    await keyring.close()
+    store.close()
+
+
+async def test_a_fault_of_ours_is_a_500_with_an_id_that_tells_nothing_of_its_inside(http: httpx.AsyncClient) -> None:
+    response = await http.get("/v1/files")
+    assert response.status_code == 500 and "secret" not in response.text
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    assert response.headers["x-request-id"].startswith("req_") and "openai-processing-ms" in response.headers
+    assert (await http.get("/v1/models")).status_code == 200
+
+
+async def test_keys_made_and_revoked_by_another_process_count_from_the_next_request(
+    http: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    assert (await http.get("/v1/models")).status_code == 200, "no key is needed while there is none"
+    row, key = create_key(tmp_path, "x", "default", ["infer"], {})
+    assert (await http.get("/v1/models")).status_code == 401
+    headers = {"Authorization": f"Bearer {key}"}
+    assert (await http.get("/v1/models", headers=headers)).status_code == 200
+    revoke_key(tmp_path, row.id)
+    assert (await http.get("/v1/models", headers=headers)).status_code == 401
+
+
+async def test_without_the_stamp_nobody_is_let_in(http: httpx.AsyncClient, tmp_path: Path) -> None:
+    (tmp_path / "keys.stamp").unlink()
+    assert (await http.get("/v1/models")).status_code == 503
+
+
+async def test_a_compressed_body_is_refused_unread(http: httpx.AsyncClient) -> None:
+    response = await http.get("/v1/models", headers={"Content-Encoding": "gzip"})
+    assert response.status_code == 415
+
+
+def test_a_path_that_is_not_known_needs_admin_and_is_one_series() -> None:
+    assert (
+        scope_of("GET", "/v1/whatever") == scope_of("GET", "//v1/chat") == scope_of("POST", "/v1/templates") == "admin"
+    )
+    assert scope_of("GET", "/v1/templates") == "infer" and scope_of("DELETE", "/v1/models/a/b") == "tune"
+    assert {resource_of(path) for path in ("/v1/x", "/", "/v1", "/v1//x", "/healthz")} == {"other"}
