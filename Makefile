@@ -12,7 +12,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo serve stop test vllm test-vllm check format lint parity bench-gateway bench-llama bench-rendering clean clean-venv
+.PHONY: help setup demo serve stop test vllm test-vllm check format lint conformance parity bench-gateway bench-llama
+.PHONY: bench-rendering clean clean-venv
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -51,6 +52,9 @@ lint: $(READY) ## format, lint and types, changing nothing
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+conformance: $(READY) ## openai-python's own tests and real programs against a gateway (CONFORMANCE="--sdk chat" for a part)
+	@$(BIN)/python -m tests.conformance $(CONFORMANCE)
 
 parity: $(READY) ## every template with every tokenizer, id for id beside transformers, FastChat and llama.cpp
 	@$(BIN)/python -m tests.parity

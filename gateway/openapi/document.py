@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from gateway.openapi import resources
 from gateway.openapi.objects import OBJECTS
 from gateway.openapi.requests import BODIES, QUERIES, REPLIES
 
@@ -54,7 +55,7 @@ def make_document(routes: Iterable[Any], version: str) -> Schema:
         "servers": [{"url": "/"}],
         "paths": paths,
         "components": {
-            "schemas": OBJECTS,
+            "schemas": OBJECTS | resources.OBJECTS,
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         "security": [{}, {"key": []}],

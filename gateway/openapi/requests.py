@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gateway.openapi import resources
 from gateway.openapi.objects import (
     COUNT,
     FLAG,
@@ -159,7 +160,7 @@ BODIES: dict[str, tuple[str, Schema]] = {
             "required": ["input"],
         },
     ),
-    "POST /v1/chat/completions/{completion_id}": (JSON, _body("metadata", metadata=METADATA)),
+    **resources.BODIES,
     "POST /v1/fine_tuning/preview": (JSON, {"type": "object"}),
     "POST /v1/templates": (JSON, {"type": "object", "required": ["name", "kind", "source"]}),
 }
@@ -188,6 +189,7 @@ QUERIES: dict[str, dict[str, Schema]] = {
     f"GET {_PERMISSIONS}": {"after": TEXT, "limit": _LIMIT, "order": one_of(*ORDERS), "project_id": TEXT},
     "GET /v1/organization/usage/completions": _USAGE,
     "GET /v1/organization/usage/embeddings": _USAGE,
+    **resources.QUERIES,
 }
 
 _JOB = (JSON, ref("Job"))
@@ -234,6 +236,7 @@ REPLIES: dict[str, tuple[str, Schema]] = {
     f"DELETE {_PERMISSIONS}/{{permission_id}}": (JSON, deleted("checkpoint.permission")),
     "GET /v1/organization/usage/completions": _USAGE_PAGE,
     "GET /v1/organization/usage/embeddings": _USAGE_PAGE,
+    **resources.REPLIES,
     "GET /v1/openapi.json": (JSON, {"type": "object", "required": ["openapi", "paths"]}),
     "GET /v1/templates": (JSON, closed(object=one_of("list"), data=listed(ref("Template")))),
     "GET /v1/templates/{name}": (JSON, ref("Template")),

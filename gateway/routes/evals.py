@@ -39,7 +39,7 @@ async def create_eval(request: Request) -> Response:
         metadata=asked.metadata,
     )
     await request.app.state.store.write(lambda connection: statements.insert_eval(connection, made))
-    return JSONResponse(wire.eval_object(made), 201)
+    return JSONResponse(wire.eval_object(made))
 
 
 async def list_evals(request: Request) -> Response:
@@ -106,7 +106,7 @@ async def create_run(request: Request) -> Response:
 
     made = await state.store.write(write)
     _runner(request).begin(run, caller)
-    return JSONResponse(wire.run_object(run, _summarise(made, []), _report_url(request, run)), 201)
+    return JSONResponse(wire.run_object(run, _summarise(made, []), _report_url(request, run)))
 
 
 async def list_runs(request: Request) -> Response:
