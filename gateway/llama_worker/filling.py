@@ -49,6 +49,10 @@ class Filling:
     def __contains__(self, generation: Generation) -> bool:
         return generation in self._line
 
+    def waiting(self, group: int) -> int:
+        """How many prompts of `group` are in line."""
+        return sum(generation.group == group for generation in self._line)
+
     def add(self, generation: Generation) -> None:
         """Takes a request that has its places."""
         request = generation.request

@@ -1,8 +1,8 @@
 """The decode loop: which request runs in which round. The worker's main thread lives here.
 
 One round = the commands that arrived, then for the adapter whose turn it is one prompt chunk of one request and one decode
-step of all its running sequences. So sequences join and leave at every round, a long prompt holds up the others by a chunk
-at a time, and a cancelled request is out within one step.
+step of all its running sequences; where several prompts wait, a step every PATIENCE_S. So sequences join and leave at every
+round, a long prompt holds up the others by a chunk at a time, and a cancelled request is out within one step.
 
     inbox ──▶ waiting ──places, adapter──▶ filling ──last chunk──▶ running ──▶ events, one hand-over a round
 """
@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 
 Reply = Callable[[TunegateError | None], None]
 
+# How long running sequences wait while there are several prompts: those that came together then run together. A step of few
+# rows costs nearly as much as one of many (8 rows 26 ms and 16 rows 31 ms without their logits, at 200M parameters).
+PATIENCE_S = 0.2
 FAILURES_IN_A_ROW = 3  # then the process gives up: a fresh one is the better cure
 LONGEST_RETRY_AFTER_S = 60
 MOST_OVERTAKING = 32  # requests that may pass one whose adapter cannot be had yet
@@ -245,6 +248,8 @@ class Scheduler:
         except NativeError as error:
             self._native_failure([self._filling.current] if self._filling.current else [], error)
         if group not in self._running.groups or not self._adapters.prepared(group):
+            return
+        if self._filling.waiting(group) > 1 and self._running.silent_s(group) < PATIENCE_S:
             return
         try:
             self._close_gap(group)
