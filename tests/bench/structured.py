@@ -62,6 +62,7 @@ HOSTILE = {
     + '\nr200 ::= "y"',
 }
 
+WHOLE_WALK = "anything but what is liked"  # each token is one that only a walk over the whole vocabulary finds
 LIKED = b"[y\x02\x03\x04\x05\x06\x07\x08\x09"  # tokens that the logits of the hostile table want above all
 
 
@@ -120,7 +121,9 @@ def hostile_figures(vocabulary: Vocabulary, size: int, count: int) -> Table:
             table.add_row(name, f"{(time.perf_counter() - began) * 1e3:.1f}", "", "", "", f"400: {error.message[:40]}…")
             continue
         compile_s = time.perf_counter() - began
-        timed = ours(structure, size, count, favoured=[3 + byte for byte in LIKED])
+        timed = ours(
+            structure, size, count, favoured=[3 + byte for byte in (LIKED if name == WHOLE_WALK else LIKED[:2])]
+        )
         mean = f"{np.mean(timed.tokens) * 1e6:,.0f}"
         row = (f"{compile_s * 1e3:.1f}", str(len(timed.tokens)), mean, timed.microseconds(100))
         table.add_row(name, *row, timed.end)

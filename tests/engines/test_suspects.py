@@ -1,4 +1,4 @@
-"""An adapter that kills the worker: it is brought to it twice and no more, and the others are served."""
+"""What kills the worker: requests in flight get an error, adapters come back, and one that kills it twice stays away."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from gateway.engines.adapters import Adapter, AdapterRejected
+from gateway.engines.client import Deadlines, EngineClient
 from gateway.engines.engine import Engine, Standing
-from tests.engines.parts import ANYTHING_GOES, QUICK, as_adapter, tiny_base, write_adapter
+from gateway.errors import EngineError
+from tests.engines.crashing_worker import POISON
+from tests.engines.parts import ANYTHING_GOES, QUICK, as_adapter, tiny_base, until, write_adapter
 
 pytestmark = pytest.mark.anyio
 CRASHING = (sys.executable, "-m", "tests.engines.crashing_worker")
@@ -61,3 +64,32 @@ async def test_an_adapter_that_kills_the_worker_is_tried_twice_and_the_others_co
         assert heir.serves(other.engine_name)
     finally:
         await heir.stop()
+
+
+async def test_a_crash_in_the_midst_of_replies_is_an_error_of_each_and_the_adapters_come_back(
+    tmp_path: Path, desired: list[Adapter]
+) -> None:
+    engine = engine_of(tmp_path)
+    engine.set_desired([desired[0]])
+    client = EngineClient(lambda: engine.endpoint, Deadlines(first_token_s=60, between_tokens_s=60))
+    fields = {"max_tokens": 400, "temperature": 0, "ignore_eos": True, "stream": True, "return_token_ids": True}
+    alive = {"model": desired[0].engine_name, "prompt": [1, 5, 6], "logit_bias": {str(POISON): -100}, **fields}
+    await engine.start()
+    try:
+        await engine.wait_ready(START_S)
+        stream = await client.stream(alive)
+        assert await stream.frames()
+        with pytest.raises(EngineError):
+            await (await client.stream(alive | {"prompt": [1, POISON]})).frames()
+        with pytest.raises(EngineError):
+            while await stream.frames():
+                pass
+        await until(lambda: engine.restarts == 1)
+        await engine.wait_ready(START_S)
+        assert engine.serves(desired[0].engine_name)
+        again = await client.stream(alive)
+        assert await again.frames()
+        again.cancel()
+    finally:
+        client.close()
+        await engine.stop()

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from gateway.llama_worker.generation import Event, Generation
+from gateway.llama_worker.sampling import Sampling
 from gateway.llama_worker.scheduler import MOST_OVERTAKING
+from gateway.llama_worker.wire import Choice, Completion
 from tests.llama_worker.in_process import Loop, loop
 from tests.llama_worker.running import prompt
 
@@ -90,3 +93,19 @@ def test_a_stop_answers_those_who_wait_for_an_adapter_to_go(one_adapter: Loop) -
     one_adapter.ended.result(WAIT_S)
     assert "shutting down" in str(red.exception(WAIT_S))
     assert gone.result(WAIT_S) is None
+
+
+def test_a_request_that_is_cancelled_gets_no_step_more(one_adapter: Loop) -> None:
+    taken: list[int] = []
+
+    def deliver(event: Event) -> None:
+        assert isinstance(event, Choice)
+        taken.extend(event.ids)
+        if len(taken) == 5:
+            one_adapter.scheduler.cancel(generation)
+
+    sampling = Sampling(max_tokens=200, temperature=0, ignore_eos=True)
+    generation = Generation(Completion("base", prompt(10), sampling, 1, None, None, False, False), deliver)
+    one_adapter.scheduler.submit(generation)
+    assert len(one_adapter.ask(prompt(10), 200).result(WAIT_S)[0]) == 200  # beside it, and long after
+    assert len(taken) == 5 and one_adapter.scheduler._places.free == 4
