@@ -31,8 +31,8 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     key_file: str | None = None
     key_env: str | None = None
     paths: dict[str, str] = {}  # a folder here = the same folder as the servers at `urls` see it
+    max_lora_rank: int | None = None  # that the vLLM at `urls` was started with; None: vLLM's default
     python: str | None = None  # of the environment that vLLM is installed in
-    max_lora_rank: int | None = None  # that the vLLMs at `urls` were started with: they do not tell
     args: list[str] = []  # further arguments of a spawned vLLM
 
     def __repr__(self) -> str:
@@ -105,6 +105,8 @@ def _check_fields(where: str, engine: EngineSettings) -> None:
         raise SettingsError(f"{where}: an upstream needs `urls`, such as ['https://api.example.com/v1']")
     if engine.replicas is not None and not 1 <= engine.replicas <= MOST_REPLICAS:
         raise SettingsError(f"{where}: replicas = {engine.replicas}; it is 1 to {MOST_REPLICAS}")
+    if engine.max_lora_rank is not None and engine.max_lora_rank < 1:
+        raise SettingsError(f"{where}: max_lora_rank = {engine.max_lora_rank}; it is what vLLM was given, 1 at least")
     if len(engine.urls) > MOST_REPLICAS:
         raise SettingsError(f"{where}: {len(engine.urls)} urls; there may be {MOST_REPLICAS}")
     if engine.kind == "vllm" and spawned and engine.python is None:

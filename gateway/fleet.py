@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import msgspec
+
 from gateway.bases import PreparedBase
 from gateway.engine_settings import EngineSettings, engines_of
 from gateway.engines.catalog import Catalog
@@ -46,18 +48,7 @@ class Plan:
     def same(self, other: Plan) -> bool:
         """Whether one can stand for the other: how many more there are does not matter."""
         mine, its = (
-            (
-                plan.name,
-                plan.url,
-                entry.kind,
-                entry.served_name,
-                entry.key,
-                entry.paths,
-                entry.max_lora_rank,
-                entry.python,
-                entry.args,
-            )
-            for plan, entry in ((self, self.entry), (other, other.entry))
+            (plan.name, plan.url, msgspec.structs.replace(plan.entry, replicas=None, urls=[])) for plan in (self, other)
         )
         return mine == its
 
@@ -200,12 +191,9 @@ class Fleet:
             endpoint = Endpoint(parts.hostname or "", parts.port or 80, entry.key or "")
             if entry.kind == "llama":
                 return remote_llama_engine(prepared, endpoint, served_name=entry.served_name, path_map=entry.paths)
+            rank = entry.max_lora_rank or DEFAULT_MAX_RANK
             return remote_engine(
-                prepared,
-                endpoint,
-                served_name=entry.served_name,
-                path_map=entry.paths,
-                max_lora_rank=entry.max_lora_rank or DEFAULT_MAX_RANK,
+                prepared, endpoint, served_name=entry.served_name, path_map=entry.paths, max_lora_rank=rank
             )
         folder = self._folder / served.pool.name
         if plan.place > 1:

@@ -108,6 +108,7 @@ def test_engines_are_given_with_their_keys_and_paths(tmp_path: Path) -> None:
         ('kind = "vllm"\nmodel = "a"\npython = "nowhere"', "'nowhere' is no file"),
         ('kind = "vllm"\nmodel = "a"\nurls = ["http://h:1"]\npaths = {"a" = "/b"}', "both are absolute"),
         ('kind = "upstream"\nmodel = "u"', "needs `urls`"),
+        ('kind = "vllm"\nmodel = "a"\nurls = ["http://h:1"]\nmax_lora_rank = 0', "max_lora_rank = 0"),
         ('kind = "upstream"\nmodel = "a"\nurls = ["https://h/v1"]', "which is a base or an alias already"),
         ('kind = "upstream"\nmodel = "alias"\nurls = ["https://h/v1"]', "which is a base or an alias already"),
         ('kind = "upstream"\nmodel = "u"\nurls = ["file:///etc/passwd"]', "is not http"),

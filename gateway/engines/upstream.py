@@ -11,6 +11,7 @@ import logging
 import ssl
 import time
 from collections.abc import AsyncIterator, Sequence
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
 import httpx
@@ -48,7 +49,10 @@ class Upstream:
         # No proxy and no .netrc from the environment: they would choose a host, or a key. Certificates are the system's,
         # or those that SSL_CERT_FILE names.
         self._http = httpx.AsyncClient(
-            headers={"authorization": f"Bearer {key}"} if key else {},
+            headers={"user-agent": "tunegate"} | ({"authorization": f"Bearer {key}"} if key else {}),
+            cookies=CookieJar(
+                DefaultCookiePolicy(allowed_domains=())
+            ),  # keeps none: what one client is told is not another's
             verify=ssl.create_default_context() if any(url.startswith("https:") for url in urls) else True,
             trust_env=False,
             follow_redirects=False,

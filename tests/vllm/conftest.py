@@ -38,8 +38,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-async def base(model: Path, tmp_path_factory: pytest.TempPathFactory) -> PreparedBase:
-    """It, prepared for vLLM."""
+async def base(model: Path, tmp_path_factory: pytest.TempPathFactory, anyio_backend: str) -> PreparedBase:
+    """It, prepared for vLLM. (`anyio_backend` lets tests that are not async themselves ask for it too.)"""
     folder = tmp_path_factory.mktemp("prepared") / "bases" / "own"
     return await prepare("own", model, "model", folder, kind=HF_TYPE)
 
