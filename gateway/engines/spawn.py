@@ -38,6 +38,7 @@ READY_FILE = "ready.json"
 PYTHON_MARK = "tunegate_engine"
 LOG_LIMIT_BYTES = 4 << 20
 LOG_TAIL_BYTES = 4096
+LOG_LINE_CHARS = 200
 
 
 class WorkerFailed(Exception):
@@ -144,7 +145,7 @@ class WorkerFolder:
                 text = file.read().decode(errors="replace")
         except OSError:
             return ""
-        kept = [line.strip() for line in text.splitlines() if line.strip()][-lines:]
+        kept = [line.strip()[:LOG_LINE_CHARS] for line in text.splitlines() if line.strip()][-lines:]
         return "".join(c if c.isprintable() else "?" for c in " | ".join(kept))
 
     def end_orphans(self, handle: ProcessHandle) -> None:

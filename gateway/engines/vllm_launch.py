@@ -108,7 +108,7 @@ class VllmLaunch:
         version = await greet_vllm(control, self.served_name, timeout_s)
         if version["root"] != str(self.model):
             raise WorkerFailed(f"serves {version['root']}; it should be {self.model}")
-        return version
+        return version | {"sleeps": True, "frees_memory": "--enable-sleep-mode" in self.arguments}
 
 
 def argument_value(arguments: Sequence[str], name: str) -> str | None:

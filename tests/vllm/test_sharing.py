@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import dataclass, field
 
 import pytest
 
 from gateway.engines.client import Deadlines, EngineClient
 from gateway.engines.engine import Engine
-from gateway.engines.pool import Pool
+from gateway.engines.pool import ASLEEP_WAITING, Pool
+from gateway.errors import EngineUnavailable
 from gateway.jobs.sharing import Sharing
 from tests.engines.parts import pool_of
 from tests.vllm.starting import ask
@@ -17,9 +19,19 @@ from tests.vllm.starting import ask
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(600)]
 
 
+@dataclass
+class Job:
+    """A job's events, as (level, message)."""
+
+    told: list[tuple[str, str]] = field(default_factory=list)
+
+    async def tell(self, message: str, level: str) -> None:
+        self.told.append((level, message))
+
+
 @pytest.fixture
-def told() -> list[tuple[str, str]]:
-    return []
+def job() -> Job:
+    return Job()
 
 
 @pytest.fixture
@@ -40,38 +52,27 @@ async def answered(pool: Pool) -> str:
 
 
 async def test_an_engine_sleeps_while_a_job_trains_and_requests_wait_for_it(
-    engine: Engine, pool: Pool, told: list[tuple[str, str]]
+    engine: Engine, pool: Pool, job: Job
 ) -> None:
-    async def tell(message: str, level: str) -> None:
-        told.append((level, message))
-
     address, sharing = engine.endpoint, Sharing("sleep", lambda: [pool])
-    async with sharing.training(tell, asyncio.Event()):
+    async with sharing.training(job.tell, asyncio.Event()):
         assert engine.state == "asleep" and not pool.ready
         assert (await ask(address, "/is_sleeping")).json() == {"is_sleeping": True}
         waiting = asyncio.create_task(answered(pool))
-        async with sharing.training(tell, asyncio.Event()):  # a second job at once
+        async with sharing.training(job.tell, asyncio.Event()):  # a second job at once
             await asyncio.sleep(0.3)
         assert not waiting.done(), "it waits"
         assert engine.state == "asleep", "the first job still trains"
     assert engine.ready
     assert await asyncio.wait_for(waiting, 30)
-    assert [level for level, _ in told] == ["info", "warn", "info"]
-    assert "'own' sleeps while the job trains" in told[0][1]
-    assert "keeps its memory" in told[1][1], "what could not be done on a CPU is said"
-    assert "is awake" in told[2][1]
+    assert [level for level, _ in job.told] == ["info", "warn", "info"]
+    assert "'own' sleeps while the job trains" in job.told[0][1]
+    assert "keeps its memory" in job.told[1][1], "what could not be done on a CPU is said"
+    assert "is awake" in job.told[2][1]
 
 
-async def test_more_requests_than_may_wait_are_told_to_come_back(
-    engine: Engine, pool: Pool, told: list[tuple[str, str]]
-) -> None:
-    from gateway.engines.pool import ASLEEP_WAITING
-    from gateway.errors import EngineUnavailable
-
-    async def tell(message: str, level: str) -> None:
-        told.append((level, message))
-
-    async with Sharing("sleep", lambda: [pool]).training(tell, asyncio.Event()):
+async def test_more_requests_than_may_wait_are_told_to_come_back(engine: Engine, pool: Pool, job: Job) -> None:
+    async with Sharing("sleep", lambda: [pool]).training(job.tell, asyncio.Event()):
         waiting = [asyncio.create_task(pool.hold()) for _ in range(ASLEEP_WAITING)]
         await asyncio.sleep(0)
         with pytest.raises(EngineUnavailable, match="wait for it already"):
@@ -81,10 +82,7 @@ async def test_more_requests_than_may_wait_are_told_to_come_back(
         pool.release()
 
 
-async def test_a_job_waits_until_nobody_is_answered(engine: Engine, pool: Pool, told: list[tuple[str, str]]) -> None:
-    async def tell(message: str, level: str) -> None:
-        told.append((level, message))
-
+async def test_a_job_waits_until_nobody_is_answered(engine: Engine, pool: Pool, job: Job) -> None:
     await pool.hold()
     released_at = 0.0
 
@@ -95,17 +93,14 @@ async def test_a_job_waits_until_nobody_is_answered(engine: Engine, pool: Pool, 
         pool.release()
 
     releasing = asyncio.create_task(release())
-    async with Sharing("wait", lambda: [pool], idle_s=0.5).training(tell, asyncio.Event()):
+    async with Sharing("wait", lambda: [pool], idle_s=0.5).training(job.tell, asyncio.Event()):
         assert time.monotonic() - released_at >= 0.5
         assert engine.ready, "they share the machine"
     await releasing
-    assert [message for _, message in told] == ["The job waits until the engines have answered nobody for 0.5 s"]
+    assert [message for _, message in job.told] == ["The job waits until the engines have answered nobody for 0.5 s"]
 
 
-async def test_beside_changes_nothing(engine: Engine, pool: Pool, told: list[tuple[str, str]]) -> None:
-    async def tell(message: str, level: str) -> None:
-        told.append((level, message))
-
-    async with Sharing("beside", lambda: [pool]).training(tell, asyncio.Event()):
+async def test_beside_changes_nothing(engine: Engine, pool: Pool, job: Job) -> None:
+    async with Sharing("beside", lambda: [pool]).training(job.tell, asyncio.Event()):
         assert await answered(pool)
-    assert told == []
+    assert job.told == []
