@@ -191,8 +191,7 @@ class Fleet:
                 handle.close()
 
     def _make(self, served: Served, plan: Plan) -> Replica:
-        served_name = plan.entry.served_name
-        return Replica(plan.name, self._engine(served, plan), served_name)
+        return Replica(plan.name, self._engine(served, plan), plan.entry.served_name, has_place=plan.url is None)
 
     def _engine(self, served: Served, plan: Plan) -> Engine:
         settings, prepared, entry = served.settings, served.prepared, plan.entry

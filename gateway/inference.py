@@ -330,7 +330,9 @@ class Generation:
                 for frame in frames:  # usage, and the end that lets the connection be kept
                     self._read(frame)
         except RequestError as error:
-            if error.param == "structured_outputs" and self._structured is not None:
+            # vLLM names no field when it is the grammar that it cannot use.
+            at_structure = error.param == "structured_outputs" or "rammar" in error.message
+            if at_structure and self._structured is not None:
                 error.param = self._structured.param  # as the client called it
             raise
         finally:

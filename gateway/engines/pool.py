@@ -240,10 +240,10 @@ class Pool:
         """Takes replicas in and lets others go, while requests run. One call at a time.
 
         One that leaves is sent nothing from now on, or, where it is the last that can answer, from when another can; it is
-        stopped when its last reply is over. Where an old and a new one have the same name they share a place, so the new one
-        starts when the old one is gone, and the next pair waits for that. Returns when only last replies are waited for.
+        stopped when its last reply is over. Where a new one has an old one's place it starts when that is gone, and the next
+        such pair waits for it. Returns when only last replies are waited for.
         """
-        renewed = {replica.name for replica in leave} & {replica.name for replica in come}
+        renewed = {replica.name for replica in leave} & {replica.name for replica in come if replica.has_place}
         self._take_in([replica for replica in come if replica.name not in renewed])
         await self._until_others_answer(leave)
         for replica in leave:
@@ -270,7 +270,7 @@ class Pool:
                 self._spawn(self._start(replica), f"start {replica.name}")
 
     async def _start(self, replica: Replica) -> None:
-        while any(leaver.name == replica.name for leaver in self.leavers):  # noqa: ASYNC110 - seldom, and it may take minutes
+        while replica.has_place and any(leaver.name == replica.name for leaver in self.leavers):  # noqa: ASYNC110 - seldom, and it may take minutes
             await asyncio.sleep(RETRY_S)
         log.info("replica %s: joins", replica.name)
         await replica.engine.start()

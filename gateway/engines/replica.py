@@ -103,11 +103,17 @@ class ReplicaEngine(Protocol):
 class Replica(Member):
     """One engine of a pool."""
 
-    def __init__(self, name: str, engine: ReplicaEngine, served_name: str | None = None) -> None:
-        """`name` is the operator's word for it, in logs and metrics; `served_name` what it calls the base, if otherwise."""
+    def __init__(
+        self, name: str, engine: ReplicaEngine, served_name: str | None = None, *, has_place: bool = False
+    ) -> None:
+        """`name` is the operator's word for it, in logs and metrics; `served_name` what it calls the base, if otherwise.
+
+        One that `has_place` is started here, where no second one of its name can be.
+        """
         super().__init__(name)
         self.engine = engine
         self.served_name = served_name
+        self.has_place = has_place
         self.leaving = False
         self.idle: list[Any] = []  # the client's connections that wait for the next request
         self._drained = asyncio.Event()

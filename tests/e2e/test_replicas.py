@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import signal
+import subprocess
+import sys
+import termios
 import threading
 import time
 from collections import Counter
@@ -20,7 +24,7 @@ import pytest
 from gateway.settings import DEMO_MODEL_PATH
 from tests.e2e import training
 from tests.e2e.test_kills import is_alive
-from tests.server import Server, free_port
+from tests.server import ROOT, Server, free_port
 
 pytestmark = pytest.mark.timeout(900)  # real training, on however many cores there are
 
@@ -208,6 +212,35 @@ def test_bad_settings_are_refused_with_a_log_line_and_the_old_ones_stay(two: Gat
     until(lambda: "taken at the next start: organization" in two.log_tail(4), "what is not taken is named", 20)
     assert [two.pid_of(place) for place in (1, 2)] == before
     assert two.ready_replicas() == 2
+
+
+def test_a_gateway_whose_terminal_is_closed_ends_and_does_not_read_its_settings(tmp_path: Path) -> None:
+    server = Server(tmp_path, f"[bases.{BASE}]\npath = '{DEMO_MODEL_PATH}'\nstart = 'on_demand'\n")
+    terminal, its_side = os.openpty()
+    command = [sys.executable, "-m", "gateway", "serve", "--port", str(server.port), "--data", str(server.data)]
+    with server.log.open("wb") as log:
+        server.process = subprocess.Popen(
+            [*command, "--config", str(server.config)],
+            cwd=ROOT,
+            stdin=its_side,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # its terminal, as a login shell's is
+        )
+    os.close(its_side)
+    try:
+        server.wait_ready()
+        server.process.send_signal(signal.SIGHUP)
+        until(
+            lambda: "[[engines]] is as the settings have it" in server.log_tail(),
+            "it is read while the terminal is there",
+        )
+        os.close(terminal)
+        assert server.process.wait(30) == -signal.SIGTERM, "as if it had been told to end"
+        assert "Application shutdown complete" in server.log_tail()
+    finally:
+        server.stop()
 
 
 def test_replies_under_way_are_finished_when_the_gateway_is_told_to_end(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from gateway.engines.adapters import AdapterRejected
 from gateway.engines.breaker import FAILURES, BreakerState
 from gateway.engines.client import Deadlines, EngineClient
-from gateway.engines.kinds import llama_engine
+from gateway.engines.kinds import llama_engine, remote_llama_engine
 from gateway.engines.pool import Pool
 from gateway.engines.replica import Replica
 from gateway.errors import EngineError, EngineTimeout, EngineUnavailable, RequestError
@@ -211,6 +211,48 @@ async def test_one_that_leaves_answers_its_last_requests_and_no_other() -> None:
         await until(lambda: not pool.leavers, 5)
 
 
+class Startable(At):
+    """Ready some moments after its start, and not after its stop."""
+
+    def __init__(self, log: list[str], name: str) -> None:
+        super().__init__(1)
+        self.ready, self._log, self._name = False, log, name
+
+    def set_desired(self, adapters: Any) -> None: ...
+
+    async def start(self) -> None:
+        self._log.append(f"start {self._name}")
+        asyncio.get_running_loop().call_later(0.2, setattr, self, "ready", True)
+
+    async def stop(self) -> None:
+        self._log.append(f"stop {self._name}")
+        self.ready = False
+
+
+async def test_replicas_that_are_started_otherwise_are_renewed_one_after_the_other() -> None:
+    log: list[str] = []
+
+    def replica(place: int, age: str, *, has_place: bool = True) -> Replica:
+        return Replica(f"tiny #{place}", Startable(log, f"{age} {place}"), has_place=has_place)
+
+    pool = Pool("tiny", [replica(1, "old"), replica(2, "old")])
+    await pool.start()
+    await until(lambda: all(each.engine.ready for each in pool.replicas), 5)
+    changing = asyncio.create_task(pool.change(pool.replicas, [replica(1, "new"), replica(2, "new")]))
+    while not changing.done():
+        assert pool.ready, "one can be asked at any moment"
+        await asyncio.sleep(0.01)
+    assert log[2:] == ["stop old 1", "start new 1", "stop old 2", "start new 2"]
+    await until(lambda: all(each.engine.ready for each in pool.replicas), 5)
+    log.clear()
+    elsewhere = [replica(place, "remote", has_place=False) for place in (1, 2)]
+    await pool.change(pool.replicas, elsewhere)
+    await until(lambda: not pool.leavers, 5)
+    assert log[:2] == ["start remote 1", "start remote 2"], "nobody's place is taken, so they come first"
+    assert list(pool.replicas) == elsewhere
+    await pool.stop()
+
+
 def _noted(event: asyncio.Event) -> Any:
     async def stop() -> None:
         event.set()
@@ -233,6 +275,13 @@ async def test_an_adapter_is_there_with_the_first_and_the_others_follow(tmp_path
             assert pool.choose({"model": adapter.engine_name, "prompt": []}).engine is engines[0]
         await pool.start()
         await until(lambda: engines[1].serves(adapter.engine_name))
+        away = remote_llama_engine(base, engines[0].endpoint, timings=QUICK)  # the same worker, by its address
+        away.set_desired([adapter])
+        await away.start()
+        await away.wait_ready(30)
+        assert away.serves(adapter.engine_name)
+        await away.stop()
+        assert engines[0].ready, "it is only asked"
         with pytest.raises(AdapterRejected):
             await pool.ensure_adapter(wrong)
         assert not any(wrong.engine_name in engine.adapters for engine in engines)

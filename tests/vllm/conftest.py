@@ -3,6 +3,7 @@ half a minute; the gateway of `test_end_to_end` starts two of its own and is giv
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import AsyncIterator, Iterator
@@ -38,8 +39,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-async def base(model: Path, tmp_path_factory: pytest.TempPathFactory) -> PreparedBase:
-    """It, prepared for vLLM."""
+async def base(model: Path, tmp_path_factory: pytest.TempPathFactory, anyio_backend: str) -> PreparedBase:
+    """It, prepared for vLLM. (`anyio_backend` lets tests that are not async themselves ask for it too.)"""
     folder = tmp_path_factory.mktemp("prepared") / "bases" / "own"
     return await prepare("own", model, "model", folder, kind=HF_TYPE)
 
@@ -68,7 +69,7 @@ def server(model: Path, engine: Engine, vllm_python: str, tmp_path_factory: pyte
         folder,
         f'[bases.vicuna]\npath = "{DEMO_MODEL_PATH}"\ntemplate = "vicuna_v1.1"\n'
         f'[bases.own]\npath = "{model}"\ntemplate = "model"\n'
-        f'[[engines]]\nkind = "vllm"\nmodel = "vicuna"\npython = "{vllm_python}"\nreplicas = 2\nargs = {list(SLOTS)}\n'
+        f'[[engines]]\nkind = "vllm"\nmodel = "vicuna"\npython = "{vllm_python}"\nreplicas = 2\nargs = {json.dumps(SLOTS)}\n'
         + attached("own", engine, folder / "key"),
         VARIABLES,
     )

@@ -53,8 +53,8 @@ def test_a_job_succeeds_and_its_model_answers_as_it_was_taught(
     assert chunks[-1].usage is not None
     job = next(job for job in client.fine_tuning.jobs.list() if job.fine_tuned_model == model)
     checkpoints = client.fine_tuning.jobs.checkpoints.list(job.id).data
-    assert len(checkpoints) == 3
-    assert training.ask(client, checkpoints[-1].fine_tuned_model_checkpoint, QUESTION)
+    assert len(checkpoints) == 4
+    assert training.ask(client, checkpoints[0].fine_tuned_model_checkpoint, QUESTION)
     manifest = next((server.data / "adapters").glob("*/manifest.json"))
     assert "adapter.gguf" not in json.loads(manifest.read_bytes())["files"], "vLLM has no use for it"
 
@@ -154,12 +154,15 @@ async def test_a_reply_whose_client_left_is_ended_within_a_second_also_before_it
         "ignore_eos": True,
     }
     url = f"{server.base_url}/chat/completions"
+    kept = []  # a reader that is let go of closes its stream
     async with httpx.AsyncClient(timeout=60) as client, AsyncExitStack() as open_streams:
 
         async def begin() -> None:
             stream = await open_streams.enter_async_context(client.stream("POST", url, json=body))
-            async for line in stream.aiter_lines():
+            lines = stream.aiter_lines()
+            async for line in lines:
                 if re.search('"content":"[^"]', line):
+                    kept.append(lines)
                     return
 
         for _ in range(MAX_SEQS):  # all that the engine works on at once
