@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
@@ -165,9 +166,8 @@ async def test_a_reply_whose_client_left_is_ended_within_a_second_also_before_it
                     kept.append(lines)
                     return
 
-        for _ in range(MAX_SEQS):  # all that the engine works on at once
-            await begin()
-        assert await running(engine.endpoint) == (MAX_SEQS, 0)
+        await asyncio.gather(*(begin() for _ in range(MAX_SEQS)))  # all that the engine works on at once
+        await within_a_second(engine, (MAX_SEQS, 0))
         async with client.stream("POST", url, json=body):
             await within_a_second(engine, (MAX_SEQS, 1))
         await within_a_second(engine, (MAX_SEQS, 0))
