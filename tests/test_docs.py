@@ -75,7 +75,7 @@ def test_the_options_of_serve_are_those_the_readme_lists() -> None:
 
 
 def test_the_options_of_models_add_are_those_the_readme_lists() -> None:
-    line = " ".join(re.findall(r"^tunegate models add .*$", README, re.MULTILINE))
+    line = "\n".join(re.findall(r"^tunegate models add .*$", README, re.MULTILINE))
     help_text = subprocess.run(
         [sys.executable, "-m", "gateway", "models", "add", "--help"],
         env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
@@ -165,20 +166,23 @@ async def test_a_reply_whose_client_left_is_ended_within_a_second_also_before_it
                     kept.append(lines)
                     return
 
-        for _ in range(MAX_SEQS):  # all that the engine works on at once
-            await begin()
-        assert await running(engine.endpoint) == (MAX_SEQS, 0)
-        async with client.stream("POST", url, json=body):
-            await within_a_second(engine, (MAX_SEQS, 1))
-        await within_a_second(engine, (MAX_SEQS, 0))
-    await within_a_second(engine, (0, 0))
+        await asyncio.gather(*(begin() for _ in range(MAX_SEQS)))  # all that the engine works on at once
+        await until_it_has(engine, (MAX_SEQS, 0), 5)
+        waiting = asyncio.create_task(client.post(url, json=body))
+        await until_it_has(engine, (MAX_SEQS, 1), 5)
+        waiting.cancel()
+        await until_it_has(engine, (MAX_SEQS, 0), 1)
+    await until_it_has(engine, (0, 0), 1)
 
 
-async def within_a_second(engine: Engine, wanted: tuple[int, int]) -> None:
-    """The engine is running and keeps waiting so many requests."""
-    deadline = time.monotonic() + 1
-    while (found := await running(engine.endpoint)) != wanted:
-        assert time.monotonic() < deadline, f"running and waiting: {found}; it should be {wanted}"
+async def until_it_has(engine: Engine, wanted: tuple[int, int], timeout_s: float) -> None:
+    """Returns when it works on and keeps waiting so many requests; fails when it is asked after the time and does not."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        asked_at = time.monotonic()
+        if (found := await running(engine.endpoint)) == wanted:
+            return
+        assert asked_at < deadline, f"running and waiting: {found}; it should be {wanted}"
 
 
 def test_models_and_their_owners_are_listed(server: Server, tuned: dict[str, str]) -> None:
