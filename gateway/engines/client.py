@@ -9,6 +9,7 @@ are handed over together; a slow reader pauses the socket, so nothing grows with
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -18,6 +19,8 @@ import orjson
 
 from gateway.access import TRACEPARENT
 from gateway.errors import EngineError, EngineTimeout, EngineUnavailable, RequestError, TunegateError
+
+log = logging.getLogger(__name__)
 
 _PAUSE_AT, _FRAME_LIMIT_BYTES = 256, 32 * 1024 * 1024
 _IDLE_LIMIT = 64
@@ -133,7 +136,8 @@ class EngineClient:
             async with asyncio.timeout(self._deadlines.connect_s):
                 _, protocol = await loop.create_connection(lambda: _Connection(endpoint), endpoint.host, endpoint.port)
         except (OSError, TimeoutError) as error:
-            raise EngineUnavailable(f"the engine cannot be reached: {error}", retry_after_s=1) from error
+            log.warning("engine at %s:%d: cannot be reached: %s", endpoint.host, endpoint.port, error)
+            raise EngineUnavailable("the engine cannot be reached", retry_after_s=1) from error
         return protocol
 
     def ended(self) -> None:
