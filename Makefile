@@ -12,7 +12,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo serve stop test check format lint conformance parity bench-gateway bench-llama bench-rendering clean clean-venv
+.PHONY: help setup demo serve stop test vllm test-vllm check format lint conformance parity bench-gateway bench-llama
+.PHONY: bench-rendering bench-listing clean clean-venv
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -33,7 +34,13 @@ stop: ## stop the server that `make demo` left running
 	@$(BIN)/python -m clients.demo --stop --data $(DATA)
 
 test: $(READY) ## run the tests
-	@$(BIN)/pytest --cov --cov-report=
+	@$(BIN)/pytest --cov --cov-report= --ignore=tests/vllm
+
+vllm: ## set vLLM's CPU build up in an environment of its own, for test-vllm (2 to 4 minutes the first time on a machine)
+	@$(PYTHON) deploy/setup_vllm.py
+
+test-vllm: $(READY) vllm ## run what needs real vLLM (about 7 minutes on 2 cores)
+	@$(BIN)/pytest tests/vllm
 
 check: format lint test ## format, lint, types, tests: what a change must pass
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,7 @@ from gateway.errors import SettingsError
 from gateway.jobdir import Turns
 from gateway.keys_command import cli as keys_cli
 from gateway.models_command import cli as models_cli
-from gateway.settings import is_loopback, load_settings
+from gateway.settings import Settings, is_loopback, load_settings
 from gateway.usage_command import usage
 
 SWITCH_INTERVAL_S = 0.0005  # how long a thread that renders a long conversation may keep the event loop waiting
@@ -48,7 +49,12 @@ def serve(
     from gateway.templates import settings_entries
 
     try:
-        settings = load_settings(config, os.environ, {"host": host, "port": port, "data": data})
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until somebody is there who reads the settings again
+
+        def read_settings() -> Settings:
+            return load_settings(config, os.environ, {"host": host, "port": port, "data": data})
+
+        settings = read_settings()
         set_up(settings.log_level, settings.log_format)
         settings_entries(settings.templates)
         if not is_loopback(settings.host):
@@ -62,7 +68,7 @@ def serve(
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     server = Server(
         uvicorn.Config(
-            create_app(settings, data_dir),
+            create_app(settings, data_dir, read_settings),
             host=settings.host,
             port=settings.port,
             loop="uvloop",

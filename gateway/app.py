@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
@@ -19,6 +19,7 @@ from starlette.responses import Response
 
 from gateway.errors import MethodNotAllowed, NotFound, RequestError, TunegateError
 from gateway.front import Front
+from gateway.hangup import hangups
 from gateway.house import House
 from gateway.logs import RequestLog
 from gateway.routes import (
@@ -73,12 +74,15 @@ ROUTES = [
 ]
 
 
-def create_app(settings: Settings, data_dir: DataDir) -> Starlette:
-    """The ASGI application on a data folder that this process holds; nothing starts before its lifespan begins."""
+def create_app(settings: Settings, data_dir: DataDir, read_settings: Callable[[], Settings] | None = None) -> Starlette:
+    """The ASGI application on a data folder that this process holds; nothing starts before its lifespan begins.
+
+    With `read_settings`, SIGHUP has them read again.
+    """
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with House(settings, data_dir) as house:
+        async with House(settings, data_dir, read_settings) as house, hangups(house.reload):
             app.state.settings = settings
             app.state.data_dir, app.state.store, app.state.blobs = house.data_dir, house.store, house.blobs
             app.state.catalog, app.state.inference = house.catalog, house.inference

@@ -1,6 +1,7 @@
 """Prepared bases: a model's folder made ready to serve and to train on, once.
 
     DATA/bases/NAME/    config.json tokenizer.json template.json model.f16.gguf model.q4_0.gguf (or another type) base.json
+                        hf/ in place of the .gguf files, for vLLM: the model as it is on Hugging Face
                         source.json: what it was made from, so that a changed source is prepared again
 
 The work itself needs numpy, gguf and llama.cpp, so it runs in a process of its own (`python -m trainer.export.prepare`); this
@@ -28,6 +29,7 @@ from gateway.jobdir import read_json, write_json
 
 SOURCE_FILE = "source.json"
 DEFAULT_TYPE = "q4_0"
+HF_TYPE = HF_FOLDER = "hf"  # the weights as they are on Hugging Face: what vLLM serves
 LOCK_PREFIX = ".lock-"
 LOCK_TIMEOUT_S = 1800.0
 SOURCE_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.tiktoken", "*.gguf", "chat_template.jinja")
@@ -41,14 +43,15 @@ class PreparedBase:
 
     name: str
     path: Path
-    gguf: Path  # the quantised file that is served
-    digest: str  # of that file, "sha256:…"
+    gguf: Path | None  # the quantised file that is served; None: `hf` is
+    digest: str  # of that file, "sha256:…"; of the whole folder, where `hf` is served
     architecture: str
     context_length: int
     template: str
     eos_token_ids: tuple[int, ...]
     untrainable: str | None = None  # why it cannot be trained on, where it cannot
     kv_bytes_per_token: int | None = None  # what each token of context takes in memory; None: not known
+    hf: Path | None = None  # a folder as on Hugging Face, for vLLM
     added: bool = False  # with `tunegate models add`, and not for an entry of a settings file
 
 
@@ -85,10 +88,11 @@ def read_base(folder: Path) -> PreparedBase:
     folder = folder.absolute()
     try:
         raw = read_json(folder / "base.json")
+        hf = folder / Path(str(raw["hf"])).name if raw.get("hf") else None
         base = PreparedBase(
             name=str(raw["name"]),
             path=folder,
-            gguf=folder / Path(str(raw.get("gguf", "model.q4_0.gguf"))).name,
+            gguf=None if hf else folder / Path(str(raw.get("gguf", "model.q4_0.gguf"))).name,
             digest=str(raw["digest"]),
             architecture=str(raw["architecture"]),
             context_length=int(raw["context_length"]),
@@ -96,14 +100,16 @@ def read_base(folder: Path) -> PreparedBase:
             eos_token_ids=tuple(int(token) for token in raw["eos_token_ids"]),
             untrainable=None if raw.get("untrainable") is None else str(raw["untrainable"]),
             kv_bytes_per_token=None if raw.get("kv_bytes_per_token") is None else int(raw["kv_bytes_per_token"]),
+            hf=hf,
             added=bool(raw.get("added")),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingsError(
             f"{folder} is not a prepared base: {error!r}; remove the folder to prepare it again"
         ) from error
-    if not base.gguf.is_file():
-        raise SettingsError(f"{folder} lacks {base.gguf.name}; remove the folder to prepare it again")
+    served = base.gguf or folder / HF_FOLDER / "config.json"
+    if not served.is_file():
+        raise SettingsError(f"{folder} lacks {served.relative_to(folder)}; remove the folder to prepare it again")
     return base
 
 

@@ -60,16 +60,25 @@ class Sampling(Protocol):
 
 
 def engine_body(
-    served: Served, ids: list[int], sampling: Sampling, *, stream: bool, param: str, cache_salt: str
+    served: Served,
+    ids: list[int],
+    sampling: Sampling,
+    told: Mapping[str, Any],
+    *,
+    stream: bool,
+    param: str,
+    cache_salt: str,
 ) -> dict[str, Any]:
-    """The body for the engine; `param` is the client's name of the prompt, `cache_salt` the caller's and never a client's.
+    """The body for the engine; `told` is what it says of itself, `param` the client's name of the prompt, `cache_salt` the
+    caller's and never a client's.
 
     Every sampling field is said, since an engine's defaults are its own (vLLM's max_tokens is 16). Raises RequestError.
     """
     vocab_size = served.bundle.tokenizer.vocab_size
     _check_ids(map(int, sampling.logit_bias), vocab_size, "logit_bias")
     _check_ids(sampling.stop_token_ids, vocab_size, "stop_token_ids")
-    max_tokens = _room(served, ids, sampling.max_tokens, param)
+    context = min(served.context_length, told.get("max_model_len") or served.context_length)
+    max_tokens = _room(context, ids, sampling.max_tokens, param)
     stop_ids = () if sampling.ignore_eos else served.bundle.stop_ids
     body: dict[str, Any] = {
         "model": served.engine_model,
@@ -103,7 +112,7 @@ def engine_body(
 
 def structured_field(structured: Structured, base: str, told: Mapping[str, Any]) -> dict[str, Any]:
     """`structured_outputs` of the dialect. RequestError where the engine has told (/version) that it cannot do this."""
-    if told.get("kind") == "llama" and structured.kind not in (told.get("structured_outputs") or ()):
+    if "structured_outputs" in told and structured.kind not in (told["structured_outputs"] or ()):
         raise RequestError(
             f"'{structured.param}': the engine of '{base}' cannot hold a reply to {structured.kind}; leave it out, "
             "or restart the engine if it is older than this server",
@@ -112,9 +121,8 @@ def structured_field(structured: Structured, base: str, told: Mapping[str, Any])
     return {structured.kind: structured.value}
 
 
-def _room(served: Served, ids: list[int], wanted: int | None, param: str) -> int:
+def _room(context: int, ids: list[int], wanted: int | None, param: str) -> int:
     """How many tokens may come after the prompt."""
-    context = served.context_length
     room = context - len(ids)
     if room < 1 or (wanted is not None and wanted > room):
         asked = f"{len(ids)} in the {param}" + (f", {wanted} for the completion" if wanted is not None else "")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 from types import TracebackType
@@ -21,16 +22,18 @@ from gateway.bases import PreparedBase, prepare, read_base
 from gateway.batches.runner import Runner
 from gateway.chat.bundle import Bundle
 from gateway.engines.adapters import Adapter
-from gateway.engines.attached import AttachedEngine
 from gateway.engines.catalog import Base, Catalog, TunedModel
 from gateway.engines.client import Deadlines
-from gateway.engines.engine import Engine
-from gateway.engines.memory import expected_memory, planned_context
+from gateway.engines.memory import planned_context
+from gateway.engines.pool import Pool
 from gateway.engines.residents import Resident, Residents
+from gateway.engines.routing_metrics import register_routing
 from gateway.errors import EngineUnavailable, SettingsError, TunegateError
 from gateway.evals.runner import EvalRunner
+from gateway.fleet import Fleet
 from gateway.grading.graders import Graders
 from gateway.inference import Inference
+from gateway.jobs.imports import Imports
 from gateway.jobs.preview import Previews
 from gateway.jobs.supervisor import Supervisor
 from gateway.keys import Keyring
@@ -38,7 +41,7 @@ from gateway.metering import Meter
 from gateway.metrics import RequestMetrics
 from gateway.models import added_names, is_added
 from gateway.responses import Responses
-from gateway.settings import BaseSettings, Settings
+from gateway.settings import LLAMA_SEQS, BaseSettings, Settings, changed_names
 from gateway.store import models as model_statements
 from gateway.store import permissions
 from gateway.store.blobs import Blobs
@@ -57,19 +60,26 @@ METRICS_HOST = "127.0.0.1"
 class House:
     """Everything that `app.py` hands to the routes. `async with` opens and closes it."""
 
-    def __init__(self, settings: Settings, data_dir: DataDir) -> None:
+    def __init__(
+        self, settings: Settings, data_dir: DataDir, read_settings: Callable[[], Settings] | None = None
+    ) -> None:
+        """`read_settings` reads the settings again, for SIGHUP."""
         self.settings = settings
         self.registry = CollectorRegistry()
+        self._read_settings = read_settings
         self.data_dir = data_dir
         limits = settings.limits
-        self.catalog = Catalog(Deadlines(limits.first_token_s, limits.between_tokens_s))
+        deadlines = Deadlines(limits.first_token_s, limits.between_tokens_s)
+        self.catalog = Catalog(deadlines)
         self.meter = Meter()
         self.inference = Inference(self.catalog, limits.requests_in_flight, self.meter)
         self.graders = Graders(self.inference)
         self.blobs = Blobs(data_dir.blobs)
         self.templates = Templates(settings.templates, self.catalog)
         self.previews = Previews()
-        self.residents = Residents(settings.engines.memory_bytes, settings.engines.start_wait_s)
+        self.residents = Residents(limits.engine_memory_bytes, limits.engine_start_s)
+        self.fleet = Fleet(data_dir.engines, settings.engines, self.catalog, deadlines)
+        register_routing(self.registry, self.catalog)
         self._metrics: tuple[WSGIServer, Thread] | None = None
         self._bundles: dict[str, Bundle] = {}
         self._starting: dict[str, asyncio.Task[None]] = {}
@@ -89,7 +99,16 @@ class House:
             max_line_bytes=self.settings.limits.body_bytes,
         )
         await self.templates.open(self.store)
-        self.supervisor = Supervisor(self.store, self.blobs, self.data_dir, self.settings, self.catalog, self.engine)
+        self.supervisor = Supervisor(
+            self.store,
+            self.blobs,
+            self.data_dir,
+            self.settings,
+            self.catalog,
+            self.engine,
+            pools=self.residents.engines,
+        )
+        await self.fleet.open()
         self.request_metrics = RequestMetrics(self.inference, self.meter, lambda: len(self.keyring))
         self.registry.register(self.request_metrics)
         if self.settings.metrics_port is not None:
@@ -105,6 +124,15 @@ class House:
         await self.supervisor.start()
         await self.responses.start()
         await self.evals.start()
+        self.imports = Imports(
+            self.store,
+            self.data_dir.path / "imports",
+            self.data_dir.adapters,
+            self.settings.organization,
+            self.catalog,
+            self.engine,
+        )
+        self.imports.start()
         return self
 
     async def __aexit__(
@@ -114,6 +142,7 @@ class House:
         for task in starting:
             task.cancel()
         await asyncio.gather(*starting, return_exceptions=True)
+        await self.imports.stop()
         await self.batches.stop()
         await self.evals.stop()
         await self.responses.stop()
@@ -121,6 +150,7 @@ class House:
         self.templates.close()
         self.catalog.close()
         await self.residents.stop()
+        await self.fleet.close()
         if self._metrics is not None:
             server, thread = self._metrics
             await asyncio.to_thread(server.shutdown)
@@ -139,12 +169,28 @@ class House:
         """The bases that are being prepared or whose engine is on its way."""
         return [name for name, task in self._starting.items() if not task.done()]
 
-    def engine(self, base: str) -> Engine:
-        """The engine of a base that is spawned here. Raises EngineUnavailable while the base is being prepared."""
+    def engine(self, base: str) -> Pool:
+        """The engines of a base. Raises EngineUnavailable while the base is being prepared."""
         engine = self.residents.engine(base)
         if engine is None:
             raise EngineUnavailable(f"the base '{base}' is not started (yet)", retry_after_s=2)
         return engine
+
+    async def reload(self) -> None:
+        """Takes [[engines]] as the settings have it now; what else has changed is named. Bad settings change nothing."""
+        if self._read_settings is None:
+            return
+        try:
+            settings = await asyncio.to_thread(self._read_settings)
+            if later := changed_names(self.settings, settings):
+                logger.warning("Of the settings that changed, these are taken at the next start: %s", ", ".join(later))
+            await self.fleet.change(settings.engines)
+        except SettingsError as error:
+            logger.error("The settings were not taken, and those before stay: %s", error.message)
+            return
+        for base in self.catalog.bases:
+            self.residents.resize(base.name, self.fleet.memory_bytes(base.name))
+        logger.info("[[engines]] is as the settings have it now")
 
     def _begin(self, name: str, settings: BaseSettings) -> None:
         self._starting[name] = asyncio.create_task(self._start_base(name, settings), name=f"start {name}")
@@ -155,15 +201,15 @@ class House:
             prepared = await self._prepared(name, settings)
             bundle = await self._bundle(prepared.path)
             aliases = [alias for alias, target in self.settings.aliases.items() if target == name]
-            whole = prepared.context_length if settings.engine_url else None  # an engine elsewhere has its own means
-            context = planned_context(prepared, settings.context_length or whole, settings.max_seqs)
+            whole = None if self.fleet.is_spawned(name) else prepared.context_length  # others have their own means
+            context = planned_context(prepared, settings.context_length or whole, settings.max_seqs or LLAMA_SEQS)
             if context < prepared.context_length and settings.context_length is None:
                 logger.info(
                     "'%s' gets a context of %d of its %d tokens, so that %d replies at once fit; context_length sets another",
                     name,
                     context,
                     prepared.context_length,
-                    settings.max_seqs,
+                    settings.max_seqs or LLAMA_SEQS,
                 )
             created_at = int((prepared.path / "base.json").stat().st_mtime)
             engine = await self._make_engine(name, settings, prepared, context)
@@ -171,12 +217,11 @@ class House:
             await self.templates.add_base(base, aliases, settings.options)
             for row in await self.store.read(lambda connection: model_statements.of_base(connection, name)):
                 await self.publish(row)
-            if isinstance(engine, Engine):
-                await self.residents.add(_resident(engine, settings, prepared, context))
-                if engine.started:
-                    await engine.wait_ready(600)
-            rests = isinstance(engine, Engine) and engine.resting
-            what = "starts when it is asked for" if rests else f"is ready after {time.monotonic() - began:.1f} s"
+            await self.residents.add(await asyncio.to_thread(self._resident, engine, settings))
+            if engine.started:
+                await engine.wait_ready(600)
+            took_s = time.monotonic() - began
+            what = "starts when it is asked for" if engine.resting else f"is ready after {took_s:.1f} s"
             logger.info("'%s' %s", name, what)
         except TunegateError as error:
             logger.error("the base '%s' cannot be served: %s", name, error.message)
@@ -194,24 +239,23 @@ class House:
             )
         recipe = self.templates.recipe(settings.template)
         return await prepare(
-            name, Path(settings.path), settings.template, folder, logger.info, recipe, kind=settings.type
+            name, Path(settings.path), settings.template, folder, logger.info, recipe, kind=settings.type or "q4_0"
         )
 
-    async def _make_engine(
-        self, name: str, settings: BaseSettings, prepared: PreparedBase, context: int
-    ) -> Engine | AttachedEngine:
-        if settings.engine_url is not None:
-            return AttachedEngine(settings.engine_url, settings.engine_key or "")
-        engine = Engine(
-            prepared,
-            self.data_dir.engines / name,
-            context=context if prepared.kv_bytes_per_token or settings.context_length else None,
-            max_seqs=settings.max_seqs,
-            threads=settings.threads,
-        )
+    async def _make_engine(self, name: str, settings: BaseSettings, prepared: PreparedBase, context: int) -> Pool:
+        engine = await self.fleet.pool(name, settings, prepared, context)
         rows = await self.store.read(lambda connection: model_statements.of_base(connection, name))
         engine.set_desired(Adapter(row.engine_name, Path(row.adapter_path), name, row.adapter_digest) for row in rows)
         return engine
+
+    def _resident(self, engine: Pool, settings: BaseSettings) -> Resident:
+        added = settings.start is None and settings.path is None
+        return Resident(
+            engine,
+            self.fleet.memory_bytes(engine.name),
+            on_demand=(settings.start == "on_demand" or added) and self.fleet.is_spawned(engine.name),
+            idle_unload_s=settings.idle_unload_s or None,
+        )
 
     async def _watch_added(self) -> None:
         """Serves what `tunegate models add` has put into the data folder, and lets go of what `models remove` took away."""
@@ -235,6 +279,7 @@ class House:
             await asyncio.gather(starting, return_exceptions=True)
         self.templates.remove_base(name)
         await self.residents.remove(name)
+        self.fleet.forget(name)
 
     async def publish(self, row: ModelRow) -> None:
         """Serves a tuned model that the database has; its engine has it, or will when it is ready."""
@@ -264,12 +309,3 @@ def _added(bases: Path) -> dict[str, tuple[int, int]]:
             continue
         found[name] = (status.st_ino, status.st_mtime_ns)
     return found
-
-
-def _resident(engine: Engine, settings: BaseSettings, prepared: PreparedBase, context: int) -> Resident:
-    return Resident(
-        engine,
-        expected_memory(prepared, context, settings.max_seqs),
-        on_demand=settings.start == "on_demand" or (settings.start is None and settings.path is None),
-        idle_unload_s=settings.idle_unload_s or None,
-    )

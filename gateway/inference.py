@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -199,6 +200,17 @@ class Inference:
             self._meter.add(caller, served.name, "embeddings", made.prompt_tokens, 0, 0)
         return made
 
+    @asynccontextmanager
+    async def passing(self, caller: Caller) -> AsyncIterator[None]:
+        """A request that is passed on to an upstream, counted among those under way. Raises RateLimited."""
+        if self.in_flight >= self._limit:
+            raise RateLimited(f"{self._limit} requests are being answered; try again shortly", retry_after_s=1)
+        self._begun(caller)
+        try:
+            yield
+        finally:
+            self._over(caller)
+
     def prompt_text(self, model: str, prompt: str | list[int], *, caller: Caller) -> str:
         """A plain prompt as text, for `echo`."""
         if isinstance(prompt, str):
@@ -220,9 +232,9 @@ class Inference:
     ) -> Generation:
         if self.in_flight >= self._limit:
             raise RateLimited(f"{self._limit} requests are being answered; try again shortly", retry_after_s=1)
-        body = engine_body(served, ids, sampling, stream=stream, param=param, cache_salt=caller.cache_salt)
+        told = self._catalog.base(served.base).engine.version
+        body = engine_body(served, ids, sampling, told, stream=stream, param=param, cache_salt=caller.cache_salt)
         if structured is not None:
-            told = self._catalog.base(served.base).engine.version
             body["structured_outputs"] = structured_field(structured, served.base, told)
         if scored:
             body["prompt_logprobs"] = sampling.logprobs or 0
@@ -318,7 +330,9 @@ class Generation:
                 for frame in frames:  # usage, and the end that lets the connection be kept
                     self._read(frame)
         except RequestError as error:
-            if error.param == "structured_outputs" and self._structured is not None:
+            # vLLM names no field when it is the grammar that it cannot use.
+            at_structure = error.param == "structured_outputs" or "rammar" in error.message
+            if at_structure and self._structured is not None:
                 error.param = self._structured.param  # as the client called it
             raise
         finally:

@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 LOCKED_EXIT_CODE = 75  # EX_TEMPFAIL: another trainer holds the lock; nothing was done
+ADAPTER_GGUF = "adapter.gguf"  # for a llama worker: an adapter of a base that vLLM serves has none
 ADAPTER_FILES = (
     "adapter_model.safetensors",
     "adapter_config.json",
-    "adapter.gguf",
+    ADAPTER_GGUF,
     "manifest.json",
     "witness.json",
     "template/template.json",
@@ -42,12 +43,14 @@ Turns = Literal["all", "last"]
 
 @dataclass(frozen=True)
 class BaseRef:
-    """The prepared base that is trained on: `path` is its folder, `gguf` the quantised file in it that is served."""
+    """The prepared base that is trained on: `path` is its folder, and in it `gguf`, the quantised file that is served, or
+    `hf`, the folder as on Hugging Face that vLLM serves."""
 
     name: str
     path: str
-    gguf: str
-    digest: str  # of the gguf's bytes, "sha256:…"
+    gguf: str | None
+    digest: str  # of what is served, "sha256:…"
+    hf: str | None = None
 
 
 @dataclass(frozen=True)

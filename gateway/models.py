@@ -25,6 +25,7 @@ import gateway
 from gateway.bases import lock_base, read_base
 from gateway.errors import SettingsError
 from gateway.jobdir import process_start_time, read_json
+from gateway.model_source import check_source
 from gateway.store.usage import active_jobs_on, tuned_models_on
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*(/[A-Za-z0-9][A-Za-z0-9._:-]*)*")
@@ -98,15 +99,17 @@ def add_model(
     source: str,
     name: str,
     template: str,
-    kind: str,
+    kind: str | None = None,
     revision: str | None = None,
     recipe: Mapping[str, Any] | None = None,
 ) -> AddedModel:
     """Prepares `source` as the base `name`; what it says on the way goes to stderr, as a bar on a terminal.
 
-    SettingsError when the name is taken or the source cannot be prepared. What a kill leaves is gone on with by the next call.
+    `kind` is the type of the weights, q4_0 where none is given; a ready .gguf file has its own. SettingsError when the name is
+    taken or the source cannot be prepared. What a kill leaves is gone on with by the next call.
     """
     out = bases / checked_name(name)
+    check_source(source, kind, revision)
     bases.mkdir(parents=True, exist_ok=True)
     lock = lock_base(out, LOCK_WAIT_S)
     try:
@@ -165,7 +168,7 @@ def _prepare(
     source: str,
     name: str,
     template: str,
-    kind: str,
+    kind: str | None,
     revision: str | None,
     recipe: Mapping[str, Any] | None,
     lock: int,
@@ -174,7 +177,7 @@ def _prepare(
     command = [sys.executable, "-m", "trainer.export.prepare", "--added", "--name", name, "--template", template]
     command += ["--source", str(local.absolute())] if os.path.exists(local) else ["--source", source, "--hub"]
     command += ["--out", str(out.absolute())]
-    command += ["--type", kind, *(["--revision", revision] if revision else [])]
+    command += [*(["--type", kind] if kind else []), *(["--revision", revision] if revision else [])]
     command += [] if recipe is None else ["--recipe", "-"]
     root = Path(gateway.__file__).parent.parent
     text = "" if recipe is None else json.dumps(recipe)

@@ -10,14 +10,19 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
+from gateway.engine_settings import EngineSettings, check_engines, complete_engine
 from gateway.errors import SettingsError
 
+LLAMA_SEQS = 8
 DEMO_MODEL = "tunegate-demo"
 DEMO_MODEL_PATH = Path(__file__).resolve().parent.parent / "deploy" / "demo_model"
+
+CacheMiB = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
+AdapterCount = Annotated[int, msgspec.Meta(ge=1, le=4096)]
 
 
 LISTS = ("hosts", "ignored_fields")  # that only the file can hold
@@ -32,15 +37,15 @@ class BaseSettings(Section, frozen=True):
 
     path: str | None = None  # None: it was added with `tunegate models add`
     template: str = "vicuna_v1.1"
-    type: str = "q4_0"  # of the weights that are served
+    type: str | None = None  # of the weights that are served; None: q4_0, or hf where vLLM serves it
     options: dict[str, Any] = {}  # render options, over the template's own
     context_length: int | None = None  # None: what the model's config says
-    max_seqs: int = 8  # sequences in one batch
+    max_seqs: int | None = None  # sequences in one batch; None: LLAMA_SEQS, or vLLM's own number
     threads: int | None = None  # None: all processors
+    prefix_cache_mib: CacheMiB = 512  # for prompts that were computed before; 0: none
+    adapters_in_memory: AdapterCount = 16  # of the tuned models; the others are loaded when they are asked for
     start: Literal["always", "on_demand"] | None = None  # None: always, or on demand when it was added
     idle_unload_s: float = 900.0  # of one that is started on demand; 0: never
-    engine_url: str | None = None  # an engine that already runs, http://HOST:PORT, instead of a spawned worker
-    engine_key: str | None = None
 
 
 class TemplateSettings(Section, frozen=True):
@@ -71,6 +76,7 @@ class JobSettings(Section, frozen=True):
     queued: int = 100  # jobs that may wait
     threads: int | None = None  # None: all processors
     hang_timeout_s: float = 1800.0
+    share: Literal["beside", "wait", "sleep"] = "beside"  # what the engines do while a job trains on the same GPU
 
 
 class LimitSettings(Section, frozen=True):
@@ -81,13 +87,8 @@ class LimitSettings(Section, frozen=True):
     first_token_s: float = 300.0
     between_tokens_s: float = 120.0
     requests_in_flight: int = 1024
-
-
-class EngineSettings(Section, frozen=True):
-    """What holds for all engines that are spawned here."""
-
-    memory_bytes: int | None = None  # for all of them together; None: no limit
-    start_wait_s: float = 120.0  # how long a request waits for its model to start
+    engine_memory_bytes: int | None = None  # for all engines together that are spawned here; None: no limit
+    engine_start_s: float = 120.0  # how long a request waits for its model to start
 
 
 class Settings(Section, frozen=True):
@@ -107,7 +108,7 @@ class Settings(Section, frozen=True):
     bases: dict[str, BaseSettings] = {}
     aliases: dict[str, str] = {}
     templates: dict[str, TemplateSettings] = {}
-    engines: EngineSettings = EngineSettings()
+    engines: list[EngineSettings] = []
     jobs: JobSettings = JobSettings()
     limits: LimitSettings = LimitSettings()
 
@@ -136,17 +137,23 @@ def load_settings(config: Path | None, environ: Mapping[str, str], overrides: Ma
         settings = msgspec.convert(raw, Settings)
     except msgspec.ValidationError as error:
         raise SettingsError(f"{where}: {error}; the README lists every setting") from error
-    return _complete(settings, config)
+    return _complete(settings, config, environ)
+
+
+def changed_names(before: Settings, after: Settings) -> list[str]:
+    """The names at the top level whose values differ, but for `engines`, which is taken while the server runs."""
+    names = [field.name for field in msgspec.structs.fields(Settings) if field.name != "engines"]
+    return [name for name in names if getattr(before, name) != getattr(after, name)]
 
 
 def _add_environment(raw: dict[str, Any], environ: Mapping[str, str]) -> None:
     """TUNEGATE_PORT=8001 sets `port`, TUNEGATE_JOBS_PARALLEL=2 sets `parallel` under [jobs]."""
-    tables: dict[str, type[Section]] = {"engines": EngineSettings, "jobs": JobSettings, "limits": LimitSettings}
+    tables: dict[str, type[Section]] = {"jobs": JobSettings, "limits": LimitSettings}
     sections: dict[str, type[Section]] = {"": Settings, **tables}
     for section, struct in sections.items():
         for field in msgspec.structs.fields(struct):
             name = f"TUNEGATE_{section + '_' if section else ''}{field.name}".upper()
-            if name in environ and field.name not in {"bases", "aliases", "templates", *LISTS, *tables}:
+            if name in environ and field.name not in {"bases", "aliases", "templates", "engines", *LISTS, *tables}:
                 target = raw.setdefault(section, {}) if section else raw
                 target[field.name] = _scalar(environ[name], str(field.type), name)
 
@@ -160,7 +167,7 @@ def _scalar(text: str, kind: str, name: str) -> Any:
         raise SettingsError(f"{name}={text!r} is not a number") from error
 
 
-def _complete(settings: Settings, config: Path | None) -> Settings:
+def _complete(settings: Settings, config: Path | None, environ: Mapping[str, str]) -> Settings:
     bases = dict(settings.bases) or {DEMO_MODEL: BaseSettings(path=str(DEMO_MODEL_PATH))}
     folder = config.parent if config else Path.cwd()
     data = settings.data or os.path.join(os.environ.get("XDG_DATA_HOME") or "~/.local/share", "tunegate")
@@ -182,8 +189,14 @@ def _complete(settings: Settings, config: Path | None) -> Settings:
                 f"[bases.{name}] sets `template` or `type` for a model that was added, which has its own; `tunegate models "
                 f"remove {name}` and add it again with --template or --type"
             )
-        bases[name] = msgspec.structs.replace(base, path=path, options=_plain(base.options))
+        served_by_vllm = any(engine.kind == "vllm" and engine.model == name for engine in settings.engines)
+        kind = base.type or ("hf" if served_by_vllm else "q4_0")
+        bases[name] = msgspec.structs.replace(base, path=path, type=kind, options=_plain(base.options))
     templates = {name: _complete_template(name, found, folder) for name, found in settings.templates.items()}
+    engines = [
+        complete_engine(number, engine, folder, environ) for number, engine in enumerate(settings.engines, start=1)
+    ]
+    check_engines(engines, lambda name: name in bases or added(name), set(settings.aliases))
     for alias, target in settings.aliases.items():
         if target not in bases and not added(target):
             raise SettingsError(
@@ -199,7 +212,7 @@ def _complete(settings: Settings, config: Path | None) -> Settings:
             raise SettingsError(
                 f"ignored_fields names {name!r}; each is chat.FIELD, completions.FIELD, responses.FIELD or fine_tuning.FIELD"
             )
-    return msgspec.structs.replace(settings, bases=bases, data=data, templates=templates)
+    return msgspec.structs.replace(settings, bases=bases, data=data, templates=templates, engines=engines)
 
 
 def _complete_template(name: str, settings: TemplateSettings, folder: Path) -> TemplateSettings:

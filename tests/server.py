@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -20,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 class Server:
     """One data folder and the gateway on it. `start` returns when it is ready; it may be killed and started again."""
 
-    def __init__(self, folder: Path, settings: str = "") -> None:
-        """`settings` is the text of the TOML file that it starts with."""
+    def __init__(self, folder: Path, settings: str = "", environment: dict[str, str] | None = None) -> None:
+        """`settings` is the text of the TOML file that it starts with, `environment` what is added to ours."""
         folder.mkdir(parents=True, exist_ok=True)
         self.data = folder / "data"
         self.log = folder / "server.log"
@@ -29,6 +30,7 @@ class Server:
         self.config.write_text(settings)
         self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
+        self._environment = environment or {}
 
     @property
     def base_url(self) -> str:
@@ -38,7 +40,8 @@ class Server:
         command = [sys.executable, "-m", "gateway", "serve", "--port", str(self.port)]
         command += ["--data", str(self.data), "--config", str(self.config)]
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+            environment = {**os.environ, **self._environment}
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
         if wait:
             self.wait_ready(timeout_s)
         return self

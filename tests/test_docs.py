@@ -11,7 +11,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from gateway.settings import BaseSettings, EngineSettings, JobSettings, LimitSettings, Settings, TemplateSettings
+from gateway.engine_settings import EngineSettings
+from gateway.settings import BaseSettings, JobSettings, LimitSettings, Settings, TemplateSettings
 from tests.server import Server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,7 +75,7 @@ def test_the_options_of_serve_are_those_the_readme_lists() -> None:
 
 
 def test_the_options_of_models_add_are_those_the_readme_lists() -> None:
-    (line,) = re.findall(r"^tunegate models add .*$", README, re.MULTILINE)
+    line = " ".join(re.findall(r"^tunegate models add .*$", README, re.MULTILINE))
     help_text = subprocess.run(
         [sys.executable, "-m", "gateway", "models", "add", "--help"],
         env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"},
@@ -101,13 +102,16 @@ def test_python_examples_of_the_readme_run(number: int, server: Server) -> None:
     assert run([sys.executable, "-W", "error", "-c", on(server, code_blocks("python")[number])], server).strip()
 
 
-def test_settings_example_of_the_readme_is_taken(tmp_path: Path) -> None:
+def test_settings_examples_of_the_readme_are_taken(tmp_path: Path) -> None:
     from gateway.settings import load_settings
 
-    (example,) = code_blocks("toml")
+    bases, vllm, engines = code_blocks("toml")
     config = tmp_path / "tunegate.toml"
-    config.write_text(example)
-    settings = load_settings(config, {}, {})
+    config.write_text(bases + engines)
+    settings = load_settings(config, {"JUDGE_KEY": "secret"}, {})
+    assert [engine.model for engine in settings.engines] == ["my-llama", "judge"]
+    config.write_text(vllm.replace("/opt/vllm/bin/python", sys.executable))
+    assert load_settings(config, {}, {}).engines[0].kind == "vllm"
     assert settings.bases["my-llama"].path == str((tmp_path / "models" / "my-llama").resolve())
     assert settings.aliases == {"gpt-4o-mini-2024-07-18": "my-llama"}
 

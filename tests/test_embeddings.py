@@ -17,11 +17,12 @@ from starlette.responses import JSONResponse, Response
 
 from gateway.chat.bundle import Bundle, make_bundle
 from gateway.engines.catalog import Base, Catalog
-from gateway.engines.client import Deadlines, Endpoint
+from gateway.engines.client import Deadlines
 from gateway.errors import TunegateError
 from gateway.inference import Inference
 from gateway.routes import embeddings
 from gateway.settings import LimitSettings, Settings
+from tests.engines.parts import At, pool_of
 from tests.llama_worker.running import KEY, RunningWorker, running
 from tests.tiny_gguf import Shape, write_tiny_gguf
 from tests.tiny_tokenizers import sentencepiece_like
@@ -31,16 +32,12 @@ pytestmark = pytest.mark.anyio
 TEXTS = ["The quick brown fox", "weather in Boston, café 😀", "x"]
 
 
-class RunningEngine:
+class RunningEngine(At):
     """A worker as the catalog sees an engine."""
 
     def __init__(self, worker: RunningWorker) -> None:
         self.version = worker.ready()
-        self.ready = True
-        self.endpoint = Endpoint("127.0.0.1", self.version["port"], KEY)
-
-    def serves(self, engine_name: str) -> bool:
-        return False
+        super().__init__(self.version["port"], KEY)
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +66,11 @@ async def client(
     """
     catalog = Catalog(Deadlines(30, 30))
     for name, worker in workers.items():
-        catalog.add_base(Base(name, bundle, RunningEngine(worker), "base", 512, 1, cast(Any, None)))
+        catalog.add_base(
+            Base(name, bundle, pool_of(RunningEngine(worker), name="base"), "base", 512, 1, cast(Any, None))
+        )
     app = Starlette(routes=embeddings.routes, exception_handlers={TunegateError: tell})  # type: ignore[dict-item]
-    app.state.inference = Inference(catalog, 8)
+    app.state.inference, app.state.catalog = Inference(catalog, 8), catalog
     app.state.settings = Settings(limits=LimitSettings(body_bytes=1_000_000))
     transport = httpx.ASGITransport(app)
     async with AsyncOpenAI(

@@ -13,10 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from gateway.errors import SettingsError
-from gateway.jobdir import process_start_time, write_json
+from gateway.jobdir import process_start_time, read_json, write_json
+from gateway.model_source import WEIGHT_TYPES
 from gateway.models import add_model, added_names, default_name, list_models, remove_model
+from gateway.models_command import cli
 from gateway.settings import load_settings
 from gateway.store import models as model_statements
 from gateway.store.database import Store
@@ -24,6 +27,7 @@ from gateway.store.models import ModelRow
 from tests.loopback_hub import Hub, loopback_hub
 from tests.tiny_gguf import write_tiny_gguf
 from tests.tiny_model import write_tiny_model
+from trainer.export.quantise import TYPES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -119,7 +123,7 @@ def test_a_name_is_taken_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["", "../x", ".hidden", "a/../b", "a//b", "/etc", "a b", "x" * 201])
 def test_a_name_that_could_lead_out_of_the_folder_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="cannot be a model's name"):
-        add_model(tmp_path, "source", name, "alpaca", "q4_0")
+        add_model(tmp_path, "org/source", name, "alpaca", "q4_0")
     with pytest.raises(SettingsError, match="cannot be a model's name"):
         remove_model(tmp_path, name)
 
@@ -142,6 +146,46 @@ def test_a_source_that_is_nothing_is_said(tmp_path: Path) -> None:
     brought_none = tunegate("add", str(write_tiny_model(tmp_path / "source")), data=tmp_path)
     assert brought_none.returncode == 2 and "brings no chat template" in brought_none.stderr
     assert tunegate("remove", "source", data=tmp_path).returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "said"),
+    [
+        ("tiny.gguf", ("--type", "q9"), "--type is 'q9'; the types of weights are f16, bf16, q4_0"),
+        ("org/name", ("--type", "Q4_0"), "--type is 'Q4_0'; the types"),
+        ("tiny.gguf", ("--type", "q8_0"), "--type is 'q8_0', and .*tiny.gguf is a file that is ready"),
+        ("tiny.gguf", ("--revision", "main"), "--revision is 'main', and .*tiny.gguf is on this machine"),
+        (".", ("--revision", "main"), "is on this machine"),
+        ("./mistyped", (), "there is no folder and no file ./mistyped"),
+        ("~/mistyped", (), "there is no folder and no file ~/mistyped"),
+        ("a/b/c", (), "there is no folder and no file a/b/c"),
+        ("models/mistyped", (), "there is no folder and no file models/mistyped"),
+        ("mistyped.gguf", (), "there is no folder and no file mistyped.gguf"),
+    ],
+)
+def test_what_does_not_go_with_a_source_is_refused_with_the_reason(
+    source: str, options: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli, ["add", source, *options, "--data", "data"])
+    assert done.exit_code == 2 and re.search(said, done.stderr) and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "data").exists()
+
+
+def test_the_types_of_weights_are_those_that_the_trainer_makes() -> None:
+    assert list(TYPES) == WEIGHT_TYPES
+
+
+def test_the_demo_model_is_listed_as_what_it_is(tmp_path: Path) -> None:
+    source = str(write_tiny_model(tmp_path / "source"))
+    for name in ("tunegate-demo", "other"):
+        model = add_model(tmp_path / "bases", source, name, "alpaca", "f16")
+        write_json(model.path / "base.json", {**read_json(model.path / "base.json"), "added": None})
+    listed = CliRunner(env={"COLUMNS": "200"}).invoke(cli, ["list", "--data", str(tmp_path)]).stdout
+    assert re.search("tunegate-demo .*the demo model that ships with tunegate", listed)
+    assert re.search("other .*a settings file", listed)
 
 
 def test_a_model_that_tuned_models_stand_on_is_kept(tmp_path: Path) -> None:
@@ -188,7 +232,7 @@ def test_one_that_is_broken_is_listed_and_can_be_removed(tmp_path: Path) -> None
 
 def test_a_ready_file_frees_only_what_is_nowhere_else(tmp_path: Path) -> None:
     path = write_tiny_gguf(tmp_path / "tiny.gguf")
-    added = add_model(tmp_path / "bases", str(path), "tiny", "alpaca", "q4_0")
+    added = add_model(tmp_path / "bases", str(path), "tiny", "alpaca")
     assert added.size_bytes > path.stat().st_size
     assert remove_model(tmp_path, "tiny") == added.size_bytes - path.stat().st_size
     assert path.is_file()
@@ -204,9 +248,9 @@ def test_settings_may_name_what_was_added_and_nothing_else(tmp_path: Path) -> No
     for name in ("tiny", "second"):
         add_model(tmp_path / "bases", str(write_tiny_model(tmp_path / name)), name, "alpaca", "q4_0")
     settings = load_settings(config, {}, {})
-    assert settings.engines.memory_bytes is None
-    limited = load_settings(config, {"TUNEGATE_ENGINES_MEMORY_BYTES": "5000000000"}, {})
-    assert limited.engines.memory_bytes == 5_000_000_000
+    assert settings.limits.engine_memory_bytes is None
+    limited = load_settings(config, {"TUNEGATE_LIMITS_ENGINE_MEMORY_BYTES": "5000000000"}, {})
+    assert limited.limits.engine_memory_bytes == 5_000_000_000
     assert settings.bases["tiny"].path is None and settings.aliases == {"gpt": "tiny", "other": "second"}
 
 

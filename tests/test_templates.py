@@ -18,7 +18,6 @@ from gateway.bases import PreparedBase, prepare
 from gateway.chat.bundle import Bundle, make_bundle
 from gateway.chat.conversation import Message
 from gateway.chat.render import render_prompt
-from gateway.engines.attached import AttachedEngine
 from gateway.engines.catalog import Base, Catalog, TunedModel
 from gateway.engines.client import Deadlines
 from gateway.errors import RequestError, SettingsError
@@ -26,6 +25,7 @@ from gateway.settings import load_settings
 from gateway.store.database import Store
 from gateway.templates import Templates, settings_entries
 from gateway.wire.templates import parse_registration
+from tests.engines.parts import At, pool_of
 from tests.server import Server
 from tests.tiny_model import write_tiny_model
 from tests.tiny_tokenizers import sentencepiece_like
@@ -291,7 +291,7 @@ async def opened(folder: Path, template: str, bundle: Bundle) -> AsyncIterator[t
     templates = Templates({}, catalog)
     await templates.open(store)
     files = PreparedBase("tiny", folder, folder / "none.gguf", "sha256:0", "LlamaForCausalLM", 256, template, (2,))
-    base = Base("tiny", bundle, AttachedEngine("http://127.0.0.1:1", ""), "tiny", 256, 1, files)
+    base = Base("tiny", bundle, pool_of(At(1)), "tiny", 256, 1, files)
     await templates.add_base(base, ["alias"], {})
     try:
         yield templates, catalog

@@ -194,7 +194,7 @@ def write_job(
         job_id="ftjob-test",
         model=described["name"],
         created_at=1_700_000_000,
-        base=BaseRef(described["name"], str(base), described["gguf"], described["digest"]),
+        base=BaseRef(described["name"], str(base), described.get("gguf"), described["digest"], described.get("hf")),
         training_file=_pinned(job, training),
         validation_file=_pinned(job, validation) if validation else None,
         seed=seed,

@@ -1,6 +1,6 @@
-"""The base to train on, as it is served: the tensors of the prepared q4_0 GGUF, dequantised; and LoRA on top of it.
+"""The base to train on, as it is served: the tensors of the prepared GGUF, dequantised, or those that vLLM serves; and LoRA.
 
-Place in the flow: prepared base → **model** → sft. One rule: what is trained on is bit for bit what llama.cpp multiplies with,
+Place in the flow: prepared base → **model** → sft. One rule: what is trained on is bit for bit what the engine multiplies with,
 so an adapter learns to live with the quantisation.
 """
 
@@ -26,17 +26,33 @@ _DERIVED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short
 
 def load_base(base: BaseRef) -> PreTrainedModel:
     """The base in float32, frozen, in eval mode. Raises UnsupportedModel when file and architecture do not fit."""
+    model = _load_hf(Path(base.path) / base.hf) if base.hf else _load_gguf(base)
+    model.config.use_cache = False
+    model.name_or_path = base.name  # what adapter_config.json will name; never a path of this machine
+    model.config._name_or_path = base.name
+    return model.requires_grad_(False).eval()
+
+
+def _load_hf(folder: Path) -> PreTrainedModel:
+    """As vLLM serves it, but in float32: bfloat16 is a part of it, so the values are the same."""
+    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
+    )
+    return model
+
+
+def _load_gguf(base: BaseRef) -> PreTrainedModel:
+    assert base.gguf is not None
     folder = Path(base.path)
     raw = text_config(json.loads((folder / "config.json").read_bytes()))
     layout = Layout.from_config(raw)  # so the class below is one of those that are known, whatever the file says
     kind: type[PreTrainedModel] = getattr(transformers, raw["architectures"][0])
     tensors = read_dequantised(folder / base.gguf)
     config = kind.config_class(**{key: value for key, value in raw.items() if not key.endswith("dtype")})
-    config.use_cache = False
     # As llama.cpp takes them: no head of its own means a tied one, and rows that no token has may be cut off.
     config.tie_word_embeddings = "output.weight" not in tensors
     config.vocab_size = len(tensors["token_embd.weight"])
-    model = kind.from_pretrained(
+    model: PreTrainedModel = kind.from_pretrained(
         None,
         config=config,
         state_dict=_as_state(tensors, kind, config, layout),
@@ -44,9 +60,7 @@ def load_base(base: BaseRef) -> PreTrainedModel:
         # Gemma 2 caps the scores inside attention, which torch's fused one cannot.
         attn_implementation="sdpa" if kind._supports_sdpa else "eager",
     )
-    model.name_or_path = base.name  # what adapter_config.json will name; never a path of this machine
-    model.config._name_or_path = base.name
-    return model.requires_grad_(False).eval()
+    return model
 
 
 def read_dequantised(path: Path) -> dict[str, npt.NDArray[np.float32]]:

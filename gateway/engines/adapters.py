@@ -21,7 +21,7 @@ from typing import Any
 
 from gateway.engines.safetensors_header import HeaderError, Tensor, read_header
 from gateway.errors import RequestError
-from gateway.jobdir import ADAPTER_FILES, fsync_folder
+from gateway.jobdir import ADAPTER_FILES, ADAPTER_GGUF, fsync_folder
 
 MAX_JSON_BYTES = 4 << 20
 MAX_CONFIG_BYTES = 256 << 10
@@ -29,6 +29,7 @@ MAX_FILE_BYTES = 16 << 30
 MAX_RANK = 512
 TENSOR_NAME = re.compile(r"base_model\.model\.([A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*)\.lora_([AB])\.weight")
 MODULE_NAME = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
+BASE_PATH = "base_model_name_or_path"
 DTYPES = ("F32", "F16", "BF16")
 
 
@@ -47,7 +48,7 @@ class Adapter:
     """An adapter as an engine is to serve it. The name is immutable: other content has another name."""
 
     engine_name: str
-    path: Path  # an absolute folder with ADAPTER_FILES in it
+    path: Path  # an absolute folder with ADAPTER_FILES in it, adapter.gguf only where llama.cpp serves the base
     base: str
     digest: str  # of the manifest, "sha256:…"
 
@@ -70,18 +71,33 @@ def immutable_name(name: str, digest: str) -> str:
     return f"{name}@{digest.removeprefix('sha256:')[:12]}"
 
 
-def check_adapter(folder: Path, base_digest: str, max_rank: int = MAX_RANK) -> AdapterFacts:
-    """Reads the whole folder and returns what it is; AdapterRejected with the reason when it may not be served."""
-    sizes = _check_names(folder)
+def check_adapter(folder: Path, base_digest: str, max_rank: int = MAX_RANK, *, gguf: bool = True) -> AdapterFacts:
+    """Reads the whole folder and returns what it is; AdapterRejected with the reason when it may not be served.
+
+    `gguf`: whether the base is served by llama.cpp, which needs the adapter as adapter.gguf.
+    """
+    files = tuple(name for name in ADAPTER_FILES if gguf or name != ADAPTER_GGUF)
+    sizes = _check_names(folder, files)
     manifest = _read_object(folder / "manifest.json", MAX_JSON_BYTES)
     _check_base(manifest, base_digest)
-    digests = _check_sizes(manifest, sizes)
+    digests = _check_sizes(manifest, sizes, files)
     rank, alpha = _check_config(_read_object(folder / "adapter_config.json", MAX_CONFIG_BYTES), max_rank)
     modules = _check_tensors(folder / "adapter_model.safetensors", rank)
     for name, digest in digests.items():  # last: the only check whose time grows with the weights
         if (found := file_digest(folder / name)) != digest:
             raise AdapterRejected(f"{name} has digest {found}, but manifest.json says {digest}")
     return AdapterFacts(manifest_digest(manifest), base_digest, rank, alpha, modules, sum(sizes.values()), manifest)
+
+
+def check_weights(folder: Path, max_rank: int = MAX_RANK) -> int:
+    """The rank of an adapter as PEFT leaves one (two files count, whatever else is there); AdapterRejected otherwise."""
+    try:
+        config = _read_object(folder / "adapter_config.json", MAX_CONFIG_BYTES)
+        rank, _ = _check_config({key: value for key, value in config.items() if key != BASE_PATH}, max_rank)
+        _check_tensors(folder / "adapter_model.safetensors", rank)
+    except OSError as error:
+        raise AdapterRejected(f"{error.filename} cannot be read: {error.strerror}") from error
+    return rank
 
 
 def link_adapter(folder: Path, into: Path) -> tuple[str, Path]:
@@ -96,10 +112,11 @@ def link_adapter(folder: Path, into: Path) -> tuple[str, Path]:
     into.mkdir(parents=True, exist_ok=True)
     temporary = into / f".tmp-{target.name[:12]}-{os.getpid()}-{os.urandom(4).hex()}"
     try:
-        for name in ADAPTER_FILES:
+        present = [name for name in ADAPTER_FILES if name != ADAPTER_GGUF or (folder / name).exists()]
+        for name in present:
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             _link(folder / name, temporary / name)
-        for parent in {(temporary / name).parent for name in ADAPTER_FILES}:
+        for parent in {(temporary / name).parent for name in present}:
             fsync_folder(parent)
         try:
             os.rename(temporary, target)
@@ -130,10 +147,10 @@ def file_digest(path: Path) -> str:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
-def _check_names(folder: Path) -> dict[str, int]:
+def _check_names(folder: Path, files: tuple[str, ...]) -> dict[str, int]:
     """Every file of the folder: its size by name. Nothing may be missing, added, a link or of another kind."""
     sizes: dict[str, int] = {}
-    folders = {str(Path(name).parent) for name in ADAPTER_FILES} - {"."}
+    folders = {str(Path(name).parent) for name in files} - {"."}
     if folder.is_symlink() or not folder.is_dir():
         raise AdapterRejected(f"{folder} is not a folder")
     for place in ["", *sorted(folders)]:
@@ -144,17 +161,15 @@ def _check_names(folder: Path) -> dict[str, int]:
                 name = f"{place}/{entry.name}" if place else entry.name
                 if entry.is_dir(follow_symlinks=False) and name in folders:
                     continue
-                if name not in ADAPTER_FILES:
-                    raise AdapterRejected(
-                        f"the adapter holds {name!r}; only these are allowed: {', '.join(ADAPTER_FILES)}"
-                    )
+                if name not in files:
+                    raise AdapterRejected(f"the adapter holds {name!r}; only these are allowed: {', '.join(files)}")
                 status = entry.stat(follow_symlinks=False)
                 if not stat.S_ISREG(status.st_mode):
                     raise AdapterRejected(f"{name} is not a regular file; links and devices are refused")
                 if status.st_size > MAX_FILE_BYTES:
                     raise AdapterRejected(f"{name} has {status.st_size} bytes; at most {MAX_FILE_BYTES} are allowed")
                 sizes[name] = status.st_size
-    if missing := [name for name in ADAPTER_FILES if name not in sizes]:
+    if missing := [name for name in files if name not in sizes]:
         raise AdapterRejected(f"the adapter lacks {', '.join(missing)}")
     return sizes
 
@@ -169,10 +184,10 @@ def _check_base(manifest: dict[str, Any], base_digest: str) -> None:
         )
 
 
-def _check_sizes(manifest: dict[str, Any], sizes: dict[str, int]) -> dict[str, str]:
+def _check_sizes(manifest: dict[str, Any], sizes: dict[str, int], names: tuple[str, ...]) -> dict[str, str]:
     """The digest that the manifest gives for each file; the sizes are compared here."""
     files = manifest.get("files")
-    wanted = [name for name in ADAPTER_FILES if name != "manifest.json"]
+    wanted = [name for name in names if name != "manifest.json"]
     if not isinstance(files, dict) or sorted(files) != sorted(wanted):
         raise AdapterRejected(f"manifest.json must list exactly these files: {', '.join(wanted)}")
     digests: dict[str, str] = {}
@@ -237,7 +252,7 @@ _CONFIG_RULES: dict[str, Callable[[Any], bool]] = {
     "use_rslora": _is_boolean,
     "inference_mode": _is_boolean,
     "init_lora_weights": lambda value: isinstance(value, bool) or value == "gaussian",
-    "base_model_name_or_path": lambda value: _is_plain_name(value) and not re.search(r"\.\.|://|^/|^~", value or ""),
+    BASE_PATH: lambda value: _is_plain_name(value) and not re.search(r"\.\.|://|^/|^~", value or ""),
     "peft_version": _is_plain_name,
     # Defaults that PEFT writes though the feature that they belong to is off.
     "megatron_core": lambda value: value in (None, "megatron.core"),

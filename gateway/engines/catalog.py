@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
 
 from gateway.access import DEFAULT_PROJECT
 from gateway.bases import PreparedBase
 from gateway.chat.bundle import Bundle
-from gateway.engines.client import Deadlines, Endpoint, EngineClient
-from gateway.engines.engine import Engine
+from gateway.engines.client import Deadlines, EngineClient
+from gateway.engines.pool import Pool
+from gateway.engines.upstream import Upstream
 from gateway.errors import EngineUnavailable, ModelNotFound, RequestError
-
-
-class ServingEngine(Protocol):
-    """What the catalog needs of an engine."""
-
-    @property
-    def resting(self) -> bool: ...
-    @property
-    def endpoint(self) -> Endpoint: ...
-    @property
-    def ready(self) -> bool: ...
-    @property
-    def version(self) -> dict[str, Any]: ...
-    def serves(self, engine_name: str) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +35,7 @@ class Base:
 
     name: str
     bundle: Bundle
-    engine: ServingEngine
+    engine: Pool
     engine_model: str
     context_length: int
     created_at: int
@@ -79,12 +65,11 @@ class Catalog:
         self._aliases: dict[str, str] = {}
         self._served: dict[str, Served] = {}
         self._tuned: set[str] = set()
+        self._upstreams: dict[str, Upstream] = {}
 
     def add_base(self, base: Base, aliases: Iterable[str] = ()) -> None:
         """Serves a base under its name and its aliases."""
-        endpoint: Callable[[], Endpoint] = _endpoint_of(base)
-        holder = base.engine if isinstance(base.engine, Engine) else None
-        client = EngineClient(endpoint, self._deadlines, holder)
+        client = EngineClient(base.engine, self._deadlines)
         self._bases[base.name], self._clients[base.name] = base, client
         for name in (base.name, *aliases):
             self._aliases[name] = base.name
@@ -107,6 +92,18 @@ class Catalog:
         self._aliases = {alias: base for alias, base in self._aliases.items() if base != name}
         for gone in [served.name for served in self._served.values() if served.base == name]:
             self.withdraw(gone)
+
+    def set_upstreams(self, upstreams: Iterable[Upstream]) -> None:
+        """The models that other servers answer for, in place of those before."""
+        self._upstreams = {upstream.name: upstream for upstream in upstreams}
+
+    def upstream(self, name: object) -> Upstream | None:
+        """The upstream of that name; None for every other model."""
+        return self._upstreams.get(name) if isinstance(name, str) else None
+
+    @property
+    def upstreams(self) -> list[Upstream]:
+        return list(self._upstreams.values())
 
     def rebundle(self, name: str, bundle: Bundle) -> None:
         """Renders a base, under all its names, through another bundle from now on; its tuned models keep theirs."""
@@ -159,7 +156,7 @@ class Catalog:
         """
         served = self._served.get(name)
         if served is None or (served.projects is not None and project_id not in served.projects):
-            raise ModelNotFound(name)
+            raise self._unknown(name)
         return served
 
     def base_for_tuning(self, name: str, project_id: str) -> Base:
@@ -170,12 +167,21 @@ class Catalog:
             )
         base = self._aliases.get(name)
         if base is None:
-            raise ModelNotFound(name)
+            raise self._unknown(name)
         return self._bases[base]
 
     def base(self, name: str) -> Base:
         """The base of that very name. Raises KeyError."""
         return self._bases[name]
+
+    def _unknown(self, name: str) -> RequestError:
+        if name in self._upstreams:
+            return RequestError(
+                f"'{name}' is answered for by another server, which is only passed chat, completions and embeddings; it "
+                f"cannot be tuned or looked into here. Bases are: {', '.join(self._bases)}",
+                param="model",
+            )
+        return ModelNotFound(name)
 
     def is_tuned(self, name: str) -> bool:
         return name in self._tuned
@@ -192,12 +198,3 @@ class Catalog:
     def close(self) -> None:
         for client in self._clients.values():
             client.close()
-
-
-def _endpoint_of(base: Base) -> Callable[[], Endpoint]:
-    def endpoint() -> Endpoint:
-        if not base.engine.ready:
-            raise EngineUnavailable(f"the engine of '{base.name}' is starting; try again shortly", retry_after_s=2)
-        return base.engine.endpoint
-
-    return endpoint

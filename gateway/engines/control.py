@@ -22,6 +22,7 @@ CALL_TIMEOUT_S = 10.0
 LOAD_TIMEOUT_S = 60.0
 UNLOAD_TIMEOUT_S = 120.0  # an unload waits for the replies that use the adapter
 SCORE_TIMEOUT_S = 120.0
+SLEEP_TIMEOUT_S = 300.0  # replies under way are waited for
 BUSY_STATUSES = (429, 503)
 
 
@@ -51,15 +52,36 @@ class EngineControl:
 
     async def models(self) -> dict[str, str | None]:
         """The names that it answers to, each with the base it stands on (None: it is the base)."""
-        body = _object(await self._call("GET", "/v1/models", CALL_TIMEOUT_S))
         try:
-            return {str(model["id"]): model.get("parent") for model in body["data"]}
-        except (KeyError, TypeError, AttributeError) as error:
-            raise EngineError("the engine's /v1/models is not a list of models") from error
+            return {str(card["id"]): card.get("parent") for card in await self.model_cards()}
+        except KeyError as error:
+            raise EngineError("the engine's /v1/models has one without an id") from error
 
-    async def load_adapter(self, name: str, folder: Path) -> None:
-        """Loads `folder` under `name`. AdapterRejected when the engine refuses it."""
-        await self._call("POST", "/v1/load_lora_adapter", LOAD_TIMEOUT_S, {"lora_name": name, "lora_path": str(folder)})
+    async def model_cards(self) -> list[dict[str, Any]]:
+        """Its /v1/models."""
+        cards = _object(await self._call("GET", "/v1/models", CALL_TIMEOUT_S)).get("data")
+        if not isinstance(cards, list) or not all(isinstance(card, dict) for card in cards):
+            raise EngineError("the engine's /v1/models is not a list of models")
+        return cards
+
+    async def takes_adapters(self) -> bool:
+        """Whether adapters can be loaded while it runs: a vLLM that may not has no such route."""
+        try:
+            await self._call(
+                "POST", "/v1/unload_lora_adapter", CALL_TIMEOUT_S, {"lora_name": "tunegate:no-such-adapter"}
+            )
+        except AdapterRejected as refusal:
+            return "no-such-adapter" in refusal.message
+        return True
+
+    async def load_adapter(self, name: str, folder: Path | str) -> None:
+        """Loads `folder`, a path on the engine's machine, under `name`. AdapterRejected when the engine refuses it."""
+        request = {"lora_name": name, "lora_path": str(folder)}
+        try:
+            await self._call("POST", "/v1/load_lora_adapter", LOAD_TIMEOUT_S, request)
+        except AdapterRejected:
+            if name not in await self.models():  # else an earlier call, whose answer was lost, has loaded it
+                raise
 
     async def unload_adapter(self, name: str) -> None:
         """Forgets `name` once the replies that use it are over. A name that is not loaded is fine."""
@@ -96,6 +118,16 @@ class EngineControl:
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise EngineError(f"the engine's prompt_logprobs are not as the dialect has them: {error!r}") from error
 
+    async def sleep(self) -> None:
+        """Lets the replies under way end, then gives the GPU's memory back, weights kept in the machine's own (level 1)."""
+        await self._call("POST", "/sleep?level=1&mode=wait", SLEEP_TIMEOUT_S)
+
+    async def wake_up(self) -> None:
+        await self._call("POST", "/wake_up", SLEEP_TIMEOUT_S)
+
+    async def is_sleeping(self) -> bool:
+        return bool(_object(await self._call("GET", "/is_sleeping", CALL_TIMEOUT_S)).get("is_sleeping"))
+
     async def _call(
         self, method: str, path: str, timeout_s: float, body: dict[str, Any] | None = None
     ) -> httpx.Response:
@@ -113,9 +145,17 @@ class EngineControl:
             raise EngineUnavailable(
                 f"the engine is busy: {message}", retry_after_s=int(retry_after) if retry_after.isdigit() else 1
             )
-        if path.endswith("_lora_adapter") and 400 <= response.status_code < 500 and response.status_code != 401:
+        at_adapter = path.endswith("_lora_adapter") and response.status_code not in (401, 403)
+        # vLLM answers 500 for an adapter that it does not take; one that is itself in trouble is not well either.
+        if at_adapter and (response.status_code < 500 or (response.status_code == 500 and await self._is_well())):
             raise AdapterRejected(f"the engine refused the adapter: {message}", engine_status=response.status_code)
         raise EngineError(f"the engine answered {path} with {response.status_code}: {message}")
+
+    async def _is_well(self) -> bool:
+        try:
+            return (await self._http.get("/health", timeout=CALL_TIMEOUT_S)).status_code == 200
+        except httpx.HTTPError:
+            return False
 
 
 def _object(response: httpx.Response) -> dict[str, Any]:

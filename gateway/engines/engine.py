@@ -1,4 +1,4 @@
-"""The engine of one base: a worker process, and the adapters that are wanted on it.
+"""One replica that serves a base: a worker that is started here or an engine elsewhere, and the adapters wanted on it.
 
 Its rule: desired against loaded. Whatever is desired is loaded and verified after every start before the engine counts
 as ready; what is loaded and not desired is unloaded. An adapter that fails is marked unservable and the others go on.
@@ -8,20 +8,22 @@ Loading happens under one lock; forgetting needs none, since a name is never use
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from gateway.bases import PreparedBase
 from gateway.engines.adapters import Adapter, AdapterRejected
 from gateway.engines.client import Endpoint
 from gateway.engines.control import EngineControl
-from gateway.engines.process import State, Timings, WorkerProcess
-from gateway.engines.spawn import WORKER_COMMAND, WorkerFolder, WorkerSpec
+from gateway.engines.process import OnUp, State
+from gateway.engines.suspects import Suspects
 from gateway.engines.witness import Tolerances, WitnessReport, verify
 from gateway.errors import EngineError, EngineUnavailable
 
@@ -30,6 +32,10 @@ log = logging.getLogger(__name__)
 RETRY_S = 1.0
 RECHECK_ITEMS = 2  # of a witness after a restart: the full one was passed when the adapter was published
 ENSURE_TIMEOUT_S = 300.0
+DRAIN_TIMEOUT_S = 600.0  # how long an adapter that was dropped waits for its replies
+NO_ADAPTERS = (
+    "the engine takes no adapters while it runs: start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+)
 
 
 class Standing(enum.Enum):
@@ -48,39 +54,67 @@ class AdapterStatus:
     error: AdapterRejected | None = None
 
 
+class Replica(Protocol):
+    """What stands behind an engine: `WorkerProcess` (started and kept alive here) or `RemoteEngine` (only asked)."""
+
+    @property
+    def state(self) -> State: ...
+    @property
+    def reason(self) -> str | None: ...
+    @property
+    def pid(self) -> int | None: ...
+    @property
+    def restarts(self) -> int: ...
+    @property
+    def suspects(self) -> Suspects: ...
+    def listen(self, on_up: OnUp, on_change: Callable[[], None], expected: Callable[[], set[str]]) -> None: ...
+    async def has_worker(self) -> bool: ...
+    def start(self) -> None: ...
+    async def stop(self, keep_process: bool = False) -> None: ...
+
+
 class Engine:
-    """One base, served. `set_desired`, `await start()`, `await wait_ready()`; at the end `await stop()`."""
+    """One base, served. `set_desired`, `await start()`, `await wait_ready()`; at the end `await stop()`.
+
+    `kinds` makes them.
+    """
 
     def __init__(
         self,
         base: PreparedBase,
-        folder: Path,
+        replica: Replica,
         *,
         context: int | None = None,
-        max_seqs: int = 8,
-        threads: int | None = None,
-        command: tuple[str, ...] = WORKER_COMMAND,
-        timings: Timings | None = None,
+        served_name: str | None = None,
+        max_lora_rank: int | None = None,
+        path_map: Mapping[str, str] | None = None,
+        shared: bool = False,
         tolerances: Tolerances | None = None,
     ) -> None:
-        """`folder` (DATA/engines/NAME) keeps what the next gateway needs to take the worker over."""
+        """`path_map` says where the engine finds our folders (ours → its own); of one that is `shared` with others,
+        adapters that we do not know are left alone."""
         self.base = base
         self.max_model_len = min(context or base.context_length, base.context_length)
+        self.served_name = served_name or base.name  # the base's name at the engine
+        self.max_lora_rank = max_lora_rank  # None: no limit of its own
         self.version: dict[str, Any] = {}  # what the worker says of itself
+        self._path_map = dict(path_map or {})
+        self._shared = shared
         self._tolerances = tolerances or Tolerances()
         self._status: dict[str, AdapterStatus] = {}  # by engine name; its keys are what is desired
         self._endpoint: Endpoint | None = None
         self._control: EngineControl | None = None
         self._ready = asyncio.Event()
-        self._changed = asyncio.Event()
         self._lock = asyncio.Lock()
+        self._asleep = False
         self._listeners: list[Callable[[Engine], None]] = []
         self._bring: Callable[[], Awaitable[None]] | None = None
         self.uses = 0  # requests and loads that are under way
         self.used_at = time.monotonic()  # when the last of them ended
-        self._spec = WorkerSpec(base.name, base.gguf, base.digest, context, max_seqs, threads, command)
-        self._folder = WorkerFolder(folder)
-        self._process = WorkerProcess(self._spec, self._folder, self._on_up, self._on_process_change, timings)
+        self._replies: Counter[str] = Counter()  # under way, by adapter
+        self._drained: dict[str, asyncio.Event] = {}  # set when the last reply of an adapter that was dropped is over
+        self._process = replica
+        self._process.listen(self._on_up, self._on_process_change, self._expected)
 
     # what others see
 
@@ -101,7 +135,9 @@ class Engine:
 
     @property
     def state(self) -> str:
-        """stopped, starting, reconciling (answers; adapters are being loaded), ready, backoff or stopping."""
+        """stopped, starting, reconciling (answers; adapters are being loaded), ready, asleep, backoff or stopping."""
+        if self._asleep:
+            return "asleep"
         if self._process.state is State.READY and not self.ready:
             return "reconciling"
         return self._process.state.value
@@ -125,6 +161,21 @@ class Engine:
     @property
     def restarts(self) -> int:
         return self._process.restarts
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether adapters can be brought to it; True as long as it has not said otherwise."""
+        return self.version.get("adapters") is not False
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether it can be put to sleep: a vLLM that was started here."""
+        return bool(self.version.get("sleeps"))
+
+    @property
+    def frees_memory(self) -> bool:
+        """Whether it gives memory back when it sleeps."""
+        return bool(self.version.get("frees_memory"))
 
     @property
     def adapters(self) -> dict[str, AdapterStatus]:
@@ -154,27 +205,39 @@ class Engine:
         """`bring()` is awaited by whoever wants it while it is not ready; it starts it, or raises EngineUnavailable."""
         self._bring = bring
 
-    async def hold(self) -> None:
-        """It is ready, or was never to be started by who uses it; it stays until `release`. Raises EngineUnavailable."""
-        self.uses += 1
+    async def hold(self, model: str | None = None) -> None:
+        """It is ready, or was never to be started by who uses it; it stays until `release`. Raises EngineUnavailable.
+
+        `model` is the adapter's engine name that is asked for: it is not unloaded before the same is released.
+        """
+        self.take(model)
         if self._bring is not None and not self.ready:
             try:
                 await self._bring()
             except BaseException:
-                self.release()
+                self.release(model)
                 raise
 
-    def release(self) -> None:
+    def take(self, model: str | None = None) -> None:
+        """As `hold`, of one that is there."""
+        self.uses += 1
+        if model is not None:
+            self._replies[model] += 1
+
+    def release(self, model: str | None = None) -> None:
+        """Ends what `hold` or `take` with the same `model` began."""
         self.uses -= 1
         self.used_at = time.monotonic()
+        if model is not None:
+            self._replies[model] -= 1
+            if self._replies[model] <= 0:
+                del self._replies[model]
+                if (drained := self._drained.pop(model, None)) is not None:
+                    drained.set()
 
     async def has_worker(self) -> bool:
         """Whether a worker runs that an earlier gateway has left."""
-        adoptable, leftovers = await asyncio.to_thread(self._folder.find_worker, self._spec)
-        found = [*leftovers, *([adoptable] if adoptable else [])]
-        for handle in found:
-            handle.close()
-        return bool(found)
+        return await self._process.has_worker()
 
     # in the order of its life
 
@@ -234,8 +297,37 @@ class Engine:
         """Desires it no more; takes no new request for it at once and unloads it once its replies are over."""
         if self._status.pop(engine_name, None) is not None:
             self._tell()
+        if self._replies[engine_name]:
+            drained = self._drained.setdefault(engine_name, asyncio.Event())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(drained.wait(), DRAIN_TIMEOUT_S)
         if (control := self._control) is not None:
             await self._unload(control, engine_name)
+
+    async def sleep(self) -> None:
+        """Takes no request until `wake`; once the replies under way are over, it gives its GPU's memory back.
+
+        EngineUnavailable while it is not ready, EngineError when it cannot: then it goes on as before.
+        """
+        if self._control is None or not self.ready:
+            raise self._unavailable()
+        self._asleep = True
+        self._ready.clear()
+        self._tell()
+        try:
+            await self._control.sleep()
+        except BaseException:
+            await self.wake()
+            raise
+
+    async def wake(self) -> None:
+        """Ends its sleep. One that was restarted meanwhile is awake already."""
+        control = self._control
+        if self._asleep and control is not None:
+            await control.wake_up()
+            self._ready.set()
+        self._asleep = False
+        self._tell()
 
     async def stop(self, keep_process: bool = False) -> None:
         """Ends the worker, or leaves it to the next gateway. Returns when it is gone."""
@@ -247,12 +339,14 @@ class Engine:
         self.version = version
         if type(longest := version.get("max_model_len")) is int and longest > 0:
             self.max_model_len = longest
-        self._endpoint, self._control = endpoint, control
+        self._endpoint, self._control, self._asleep = endpoint, control, False
         for status in self._status.values():
             status.standing = Standing.PENDING
         while True:
             try:
                 async with self._lock:
+                    if version.get("sleeps") and await control.is_sleeping():
+                        await control.wake_up()  # whoever put it to sleep was killed
                     await self._reconcile(control)
                     self._ready.set()
                 break
@@ -264,13 +358,15 @@ class Engine:
     def _on_process_change(self) -> None:
         if self._process.state is not State.READY:
             self._ready.clear()
+            self._asleep = False
             self._endpoint = self._control = None
         self._tell()
 
     async def _reconcile(self, control: EngineControl) -> None:
         began = time.monotonic()
         loaded = await control.models()
-        for name in [name for name, parent in loaded.items() if parent is not None and name not in self._status]:
+        strangers = [name for name, parent in loaded.items() if parent is not None and name not in self._status]
+        for name in [] if self._shared else strangers:
             await self._unload(control, name)
         for status in list(self._status.values()):
             try:
@@ -292,17 +388,22 @@ class Engine:
         witness: bool,
     ) -> None:
         """Loads (unless a taken-over worker has it already: a name never changes its meaning) and verifies."""
-        adapter = status.adapter
+        adapter, suspects = status.adapter, self._process.suspects
         try:
+            if not self.takes_adapters:
+                raise AdapterRejected(NO_ADAPTERS)
             if adapter.engine_name not in loaded:
-                await control.load_adapter(adapter.engine_name, adapter.path)
+                await suspects.enter(adapter.engine_name, self.pid)
+                await control.load_adapter(adapter.engine_name, self._path_there(adapter.path))
             if witness:
-                status.report = await verify(control, adapter, self._tolerances, max_items)
+                status.report = await verify(control, adapter, self.served_name, self._tolerances, max_items)
         except AdapterRejected as error:
             status.standing, status.error = Standing.UNSERVABLE, error
+            await suspects.leave(adapter.engine_name, served=False)
             await self._unload(control, adapter.engine_name)
             self._tell()
             raise
+        await suspects.leave(adapter.engine_name, served=True)
         if self._status.get(adapter.engine_name) is not status:  # dropped meanwhile
             await self._unload(control, adapter.engine_name)
         else:
@@ -314,6 +415,18 @@ class Engine:
             await control.unload_adapter(name)
         except (EngineError, AdapterRejected) as error:  # it is not asked for any more; its memory is all that it costs
             log.warning("engine %s: %s was not unloaded: %s", self.base.name, name, error.message)
+
+    def _path_there(self, path: Path) -> str:
+        """A folder of ours as the engine finds it: the longest mapping that fits."""
+        fitting = [ours for ours in self._path_map if path.is_relative_to(ours)]
+        if not fitting:
+            return str(path)
+        ours = max(fitting, key=len)
+        return str(Path(self._path_map[ours]) / path.relative_to(ours))
+
+    def _expected(self) -> set[str]:
+        """What it must know while it is the same as before."""
+        return {name for name, status in self._status.items() if self.ready and status.standing is Standing.SERVED}
 
     def _unavailable(self, what: str = "is not ready") -> EngineUnavailable:
         why = f": {self.reason}" if self.reason else ""

@@ -25,13 +25,13 @@ from typing import Any
 from gateway.engines.client import Endpoint
 from gateway.engines.control import EngineControl
 from gateway.engines.handle import ProcessHandle, exit_text
-from gateway.engines.spawn import WorkerFolder, WorkerSpec
+from gateway.engines.spawn import HOST, Launch, WorkerFailed, WorkerFolder
+from gateway.engines.suspects import Suspects
 from gateway.errors import EngineError, EngineUnavailable
 
 log = logging.getLogger(__name__)
 
 READY_POLL_S = 0.05
-HOST = "127.0.0.1"
 
 
 class State(enum.Enum):
@@ -40,6 +40,9 @@ class State(enum.Enum):
     READY = "ready"  # it answers
     BACKOFF = "backoff"  # it failed; `reason` says how, and it will be tried again
     STOPPING = "stopping"  # stop() is at work
+
+
+OnUp = Callable[[Endpoint, EngineControl, dict[str, Any]], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -56,30 +59,23 @@ class Timings:
     stable_after_s: float = 60.0  # ready for this long: the next failure is a first one again
 
 
-class WorkerFailed(Exception):
-    """Why a worker did not become ready; caught in `_run`."""
-
-
 class WorkerProcess:
     """One worker, kept alive from `start` to `stop`."""
 
     def __init__(
         self,
-        spec: WorkerSpec,
+        launch: Launch,
         folder: WorkerFolder,
-        on_up: Callable[[Endpoint, EngineControl, dict[str, Any]], Awaitable[None]],
-        on_change: Callable[[], None],
         timings: Timings | None = None,
     ) -> None:
-        """`on_up` runs each time that the process begins to answer, and is cancelled when it stops doing so;
-        `on_change` is called after each change of `state`, and must not block."""
-        self.spec = spec
+        self.launch = launch
         self.state = State.STOPPED
         self.reason: str | None = None  # of the last failure, until it is ready again
         self.restarts = 0  # failures since `start`
+        self.suspects = Suspects(folder.path / "suspects.json")
         self._folder = folder
-        self._on_up = on_up
-        self._on_change = on_change
+        self._on_up: OnUp = nothing_follows
+        self._on_change: Callable[[], None] = lambda: None
         self._timings = timings or Timings()
         self._handle: ProcessHandle | None = None
         self._task: asyncio.Task[None] | None = None
@@ -89,13 +85,27 @@ class WorkerProcess:
     def pid(self) -> int | None:
         return self._handle.pid if self._handle else None
 
+    def listen(self, on_up: OnUp, on_change: Callable[[], None], expected: Callable[[], set[str]]) -> None:
+        """`on_up` runs each time that the process begins to answer, and is cancelled when it stops doing so;
+        `on_change` is called after each change of `state`, and must not block. One that lives forgets no adapter, so it is
+        not asked for those that are `expected`."""
+        self._on_up, self._on_change = on_up, on_change
+
+    async def has_worker(self) -> bool:
+        """Whether a worker runs that an earlier gateway has left."""
+        adoptable, leftovers = await asyncio.to_thread(self._folder.find_worker, self.launch)
+        found = [*leftovers, *([adoptable] if adoptable else [])]
+        for handle in found:
+            handle.close()
+        return bool(found)
+
     # in the order of its life
 
     def start(self) -> None:
         """Begins; returns at once. Idempotent while it runs."""
         if self._task is None:
             self._enter(State.STARTING)
-            self._task = asyncio.create_task(self._run(), name=f"engine {self.spec.served_name}")
+            self._task = asyncio.create_task(self._run(), name=f"engine {self.launch.served_name}")
 
     async def stop(self, keep_process: bool = False) -> None:
         """Ends the worker (SIGTERM, a grace, SIGKILL) or leaves it for the next start to take over.
@@ -111,8 +121,10 @@ class WorkerProcess:
             await task
         handle, self._handle = self._handle, None
         if handle is not None:
-            if not keep_process and not await handle.end(self._timings.stop_grace_s):
-                log.error("engine %s: process %d outlives SIGKILL", self.spec.served_name, handle.pid)
+            if not keep_process:
+                if not await handle.end(self._timings.stop_grace_s):
+                    log.error("engine %s: process %d outlives SIGKILL", self.launch.served_name, handle.pid)
+                await asyncio.to_thread(self._folder.end_orphans, handle)
             handle.close()
         self._enter(State.STOPPED)
 
@@ -127,25 +139,26 @@ class WorkerProcess:
             except (WorkerFailed, OSError) as error:
                 await self._back_off(str(error))
             except Exception as error:  # the boundary to another process: whatever it was, the base is to be served
-                log.exception("engine %s", self.spec.served_name)
+                log.exception("engine %s", self.launch.served_name)
                 await self._back_off(f"cannot be run: {error!r}")
             adopt = False
 
     async def _take_over(self) -> ProcessHandle | None:
         """The worker of an earlier gateway where it is the same as ours would be; ends those that are not."""
-        adoptable, leftovers = await asyncio.to_thread(self._folder.find_worker, self.spec)
+        adoptable, leftovers = await asyncio.to_thread(self._folder.find_worker, self.launch)
         for handle in leftovers:
-            log.info("engine %s: ends process %d, which an earlier start left", self.spec.served_name, handle.pid)
+            log.info("engine %s: ends process %d, which an earlier start left", self.launch.served_name, handle.pid)
             handle.watch()
             await handle.end(self._timings.stop_grace_s)
+            await asyncio.to_thread(self._folder.end_orphans, handle)
             handle.close()
         if adoptable is not None:
-            log.info("engine %s: takes over process %d", self.spec.served_name, adoptable.pid)
+            log.info("engine %s: takes over process %d", self.launch.served_name, adoptable.pid)
             adoptable.watch()
         return adoptable
 
     async def _spawn(self) -> ProcessHandle:
-        spawning = asyncio.ensure_future(asyncio.to_thread(self._folder.spawn, self.spec))
+        spawning = asyncio.ensure_future(asyncio.to_thread(self._folder.spawn, self.launch))
         try:
             handle = await asyncio.shield(spawning)
         except asyncio.CancelledError:
@@ -153,28 +166,24 @@ class WorkerProcess:
             self._handle.watch()
             raise
         handle.watch()
-        log.info("engine %s: started process %d", self.spec.served_name, handle.pid)
+        log.info("engine %s: started process %d", self.launch.served_name, handle.pid)
         return handle
 
     async def _until_it_answers(self, handle: ProcessHandle) -> tuple[Endpoint, dict[str, Any]]:
         """Where it answers and what it says of itself. WorkerFailed when it dies, is too slow or is not what we want."""
         deadline = time.monotonic() + self._timings.start_timeout_s
-        last = "it wrote no ready file"
+        last = "it told no port"
         while time.monotonic() < deadline:
-            port = self._folder.ready_port(handle)
+            port = self._folder.port_of(handle, self.launch)
             if port is not None:
                 endpoint = Endpoint(HOST, port, self._folder.read_key())
                 control = EngineControl(endpoint)
                 try:
-                    version = await control.version(self._timings.health_timeout_s)
-                    await control.health(self._timings.health_timeout_s)
+                    return endpoint, await self.launch.greet(control, self._timings.health_timeout_s)
                 except EngineUnavailable as error:
                     last = error.message
                 except EngineError as error:
                     raise WorkerFailed(f"gave a wrong answer at its start: {error.message}") from error
-                else:
-                    self._check_version(version)
-                    return endpoint, version
                 finally:
                     await control.close()
             if await handle.wait(READY_POLL_S):
@@ -206,7 +215,7 @@ class WorkerProcess:
                 await control.health(self._timings.health_timeout_s)
             except EngineError as error:
                 unanswered += 1
-                log.warning("engine %s: %s", self.spec.served_name, error.message)
+                log.warning("engine %s: %s", self.launch.served_name, error.message)
                 if unanswered >= self._timings.health_failures and not handle.exited:
                     return f"is taken for hung: /health failed {unanswered} times in a row ({error.message})"
             else:
@@ -222,10 +231,13 @@ class WorkerProcess:
             self.reason += f"; its log ends: {tail}"
         self.restarts += 1
         pid, delay_s = self.pid, self._backoff_s()
-        log.error("engine %s (process %s): %s; next start in %.1f s", self.spec.served_name, pid, self.reason, delay_s)
+        log.error(
+            "engine %s (process %s): %s; next start in %.1f s", self.launch.served_name, pid, self.reason, delay_s
+        )
         if self._handle is not None:
             if not await self._handle.kill():  # it failed: it gets no grace
-                log.error("engine %s: process %s outlives SIGKILL", self.spec.served_name, pid)
+                log.error("engine %s: process %s outlives SIGKILL", self.launch.served_name, pid)
+            await asyncio.to_thread(self._folder.end_orphans, self._handle)
             self._handle.close()
             self._handle = None
         await asyncio.sleep(delay_s)
@@ -233,11 +245,6 @@ class WorkerProcess:
     def _backoff_s(self) -> float:
         doubled = self._timings.backoff_first_s * 2.0 ** min(self._failures_in_a_row - 1, 16)
         return min(self._timings.backoff_max_s, doubled) * random.uniform(0.8, 1.2)  # many engines, one machine
-
-    def _check_version(self, version: dict[str, Any]) -> None:
-        found = version.get("base_digest")
-        if found != self.spec.base_digest:
-            raise WorkerFailed(f"serves a base with digest {found}; it should be {self.spec.base_digest}")
 
     def _enter(self, state: State) -> None:
         if state is State.READY:
@@ -248,4 +255,8 @@ class WorkerProcess:
 
     def _report_crash(self, up: asyncio.Future[None]) -> None:
         if not up.cancelled() and (error := up.exception()) is not None:
-            log.error("engine %s: what should follow its start failed", self.spec.served_name, exc_info=error)
+            log.error("engine %s: what should follow its start failed", self.launch.served_name, exc_info=error)
+
+
+async def nothing_follows(endpoint: Endpoint, control: EngineControl, version: dict[str, Any]) -> None:
+    pass

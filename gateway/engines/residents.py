@@ -2,7 +2,7 @@
 
 Its rule: an engine is stopped only while nobody uses it, and nobody who uses one has to know. A request holds its engine
 from before it is started to the end of its reply (`EngineClient`), a publication while it loads an adapter
-(`Engine.ensure_adapter`). Where there is a memory budget, whoever has been idle longest makes room; when nobody is idle,
+(`Pool.ensure_adapter`). Where there is a memory budget, whoever has been idle longest makes room; when nobody is idle,
 the request is told to come back. Runs on the gateway's loop.
 """
 
@@ -14,7 +14,7 @@ import logging
 import time
 from dataclasses import dataclass
 
-from gateway.engines.engine import Engine
+from gateway.engines.pool import Pool
 from gateway.errors import EngineUnavailable
 
 log = logging.getLogger(__name__)
@@ -25,9 +25,9 @@ RETRY_AFTER_S = 5
 
 @dataclass
 class Resident:
-    """An engine and how long it stays."""
+    """The engine of a base, all its replicas together, and how long it stays."""
 
-    engine: Engine
+    engine: Pool
     memory_bytes: int  # what it is expected to take
     on_demand: bool
     idle_unload_s: float | None
@@ -58,15 +58,15 @@ class Residents:
     async def add(self, resident: Resident) -> None:
         """Takes an engine in; one that is always there is started, and one whose worker an earlier gateway left running."""
         engine = resident.engine
-        self._residents[engine.base.name] = resident
+        self._residents[engine.name] = resident
         if resident.on_demand:
             engine.on_wanted(lambda: self._bring(resident))
             if not await engine.has_worker():
                 return
         elif self._budget is not None and self._used_bytes() + resident.memory_bytes > self._budget:
             log.warning(
-                "engine %s: with it the engines that are always there take some %d bytes, over memory_bytes = %d",
-                engine.base.name,
+                "engine %s: with it the engines that are always there take some %d bytes, over engine_memory_bytes = %d",
+                engine.name,
                 self._used_bytes() + resident.memory_bytes,
                 self._budget,
             )
@@ -78,13 +78,21 @@ class Residents:
         if resident is not None:
             await resident.engine.stop()
 
+    def resize(self, name: str, memory_bytes: int) -> None:
+        """An engine has more or fewer replicas than it had."""
+        if (resident := self._residents.get(name)) is not None:
+            resident.memory_bytes = memory_bytes
+
     def is_on_demand(self, name: str) -> bool:
         resident = self._residents.get(name)
         return resident is not None and resident.on_demand
 
-    def engine(self, name: str) -> Engine | None:
+    def engine(self, name: str) -> Pool | None:
         resident = self._residents.get(name)
         return None if resident is None else resident.engine
+
+    def engines(self) -> list[Pool]:
+        return [resident.engine for resident in self._residents.values()]
 
     async def _bring(self, resident: Resident) -> None:
         """Returns when the engine, which the caller holds, is ready. EngineUnavailable when that takes too long."""
@@ -95,11 +103,11 @@ class Residents:
                 async with self._moving:
                     if not engine.started:
                         await self._make_room(resident)
-                        log.info("engine %s: started, it is asked for", engine.base.name)
+                        log.info("engine %s: started, it is asked for", engine.name)
                         await engine.start()
         except TimeoutError:
             raise EngineUnavailable(
-                f"'{engine.base.name}' could not be started within {self._start_wait_s:g} s; others were being started",
+                f"'{engine.name}' could not be started within {self._start_wait_s:g} s; others were being started",
                 retry_after_s=RETRY_AFTER_S,
             ) from None
         await engine.wait_ready(max(0.0, until - time.monotonic()))
@@ -108,13 +116,13 @@ class Residents:
         """Stops idle engines, the one that was used longest ago first, until `wanted` fits. Raises EngineUnavailable."""
         if self._budget is None:
             return
-        name, needed = wanted.engine.base.name, wanted.memory_bytes
+        name, needed = wanted.engine.name, wanted.memory_bytes
         idle = [one for one in self._residents.values() if one.on_demand and one.engine.started and not one.engine.uses]
         idle.sort(key=lambda one: one.engine.used_at)
         if self._used_bytes() + needed - sum(one.memory_bytes for one in idle) > self._budget:
             raise EngineUnavailable(
-                f"'{name}' needs some {needed} bytes of memory and {self._used_bytes()} of {self._budget} (memory_bytes under "
-                f"[engines]) are in use by models that are busy or always there; try again shortly",
+                f"'{name}' needs some {needed} bytes of memory and {self._used_bytes()} of {self._budget} "
+                f"(engine_memory_bytes under [limits]) are in use by models that are busy or always there; try again shortly",
                 retry_after_s=RETRY_AFTER_S,
             )
         for one in idle:
@@ -122,7 +130,7 @@ class Residents:
                 return
             if one.engine.uses:  # since the one before it was stopped
                 continue
-            log.info("engine %s: stopped, to make room for %s", one.engine.base.name, name)
+            log.info("engine %s: stopped, to make room for %s", one.engine.name, name)
             await one.engine.stop()
         if self._used_bytes() + needed > self._budget:
             raise EngineUnavailable(
@@ -142,5 +150,5 @@ class Residents:
                     if not (resident.on_demand and engine.started and limit_s is not None) or engine.uses:
                         continue
                     if time.monotonic() - engine.used_at >= limit_s:
-                        log.info("engine %s: stopped after %g s without a request", engine.base.name, limit_s)
+                        log.info("engine %s: stopped after %g s without a request", engine.name, limit_s)
                         await engine.stop()

@@ -66,9 +66,15 @@ class WitnessReport:
 
 
 async def verify(
-    control: EngineControl, adapter: Adapter, tolerances: Tolerances | None = None, max_items: int | None = None
+    control: EngineControl,
+    adapter: Adapter,
+    base_name: str,
+    tolerances: Tolerances | None = None,
+    max_items: int | None = None,
 ) -> WitnessReport:
     """Has the engine score the adapter's witness; WitnessMismatch when it is not what the trainer saw.
+
+    `base_name` is the base's at the engine.
 
     `max_items` takes the shortest ones only: enough to see that a name stands for what it stood for before.
     """
@@ -78,7 +84,7 @@ async def verify(
     base: list[list[float]] = []
     tuned: list[list[float]] = []
     for item in items:
-        base.append(await _score_reply(control, adapter.base, item))
+        base.append(await _score_reply(control, base_name, item))
         tuned.append(await _score_reply(control, adapter.engine_name, item))
     return compare(items, base, tuned, tolerances or Tolerances())
 

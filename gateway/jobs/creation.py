@@ -19,9 +19,8 @@ from sqlalchemy import Connection
 from gateway.chat.bundle import Bundle
 from gateway.chat.conversation import RenderError
 from gateway.engines.catalog import Base, Catalog
-from gateway.engines.engine import Engine
 from gateway.errors import RateLimited, RequestError, TunegateError
-from gateway.jobdir import BaseRef, FileRef, Hyperparameters, JobSpec
+from gateway.jobdir import BaseRef, FileRef, Hyperparameters, JobSpec, Lora
 from gateway.jobs.folder import TRAINING_FILE, VALIDATION_FILE, build_folder, remove_folder
 from gateway.settings import JobSettings
 from gateway.store import files as file_statements
@@ -85,7 +84,7 @@ class Creation:
             job_id=job.id,
             model=job.model,
             created_at=job.created_at,
-            base=BaseRef(base.name, str(base.prepared.path), str(base.prepared.gguf), base.prepared.digest),
+            base=_base_ref(base),
             training_file=refs[TRAINING_FILE],
             validation_file=refs.get(VALIDATION_FILE),
             seed=job.seed,
@@ -123,6 +122,12 @@ class Creation:
             validating += f" and validation file: {job.validation_file}"
         statements.insert_job(connection, job, [f"Created fine-tuning job: {job.id}", validating])
         return job
+
+
+def _base_ref(base: Base) -> BaseRef:
+    served = base.prepared
+    gguf, hf = (None if path is None else str(path) for path in (served.gguf, served.hf))
+    return BaseRef(base.name, str(served.path), gguf, served.digest, hf)
 
 
 def too_many_jobs(active: int, max_active: int) -> RateLimited:
@@ -168,10 +173,16 @@ def _find_file(connection: Connection, file_id: str, param: str, project_id: str
 
 
 def _tunable(base: Base) -> Base:
-    if not isinstance(base.engine, Engine):
+    if not base.engine.takes_adapters:
         raise RequestError(
-            f"'{base.name}' is served by an engine that runs elsewhere, which cannot be given adapters yet. Tune a base "
-            "without `engine_url` in the settings.",
+            f"'{base.name}' is served by an engine that takes no adapters while it runs. Start it with --enable-lora and "
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, or tune another base.",
+            param="model",
+        )
+    if (rank := Lora().rank) > (limit := base.engine.max_lora_rank):
+        raise RequestError(
+            f"'{base.name}' is served by an engine that takes adapters of rank {limit} at most, and jobs train rank {rank}. "
+            f"Start it with --max-lora-rank {rank} (`args` of its [[engines]] entry, `max_lora_rank` of one with `urls`).",
             param="model",
         )
     if base.prepared.untrainable is not None:

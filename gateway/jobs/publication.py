@@ -23,7 +23,7 @@ from sqlalchemy import Connection
 from gateway.chat.bundle import TEMPLATE_FILE, TOKENIZER_FILE, Bundle
 from gateway.engines.adapters import Adapter, AdapterRejected, check_adapter, immutable_name, link_adapter
 from gateway.engines.catalog import Base, Catalog, TunedModel
-from gateway.engines.engine import Engine
+from gateway.engines.pool import Pool
 from gateway.errors import EngineError
 from gateway.jobdir import JobDir, Result
 from gateway.jobs.barrier import pass_barrier
@@ -68,7 +68,7 @@ class Publication:
     adapters_dir: Path
     organization: str
     catalog: Catalog
-    engines: Callable[[str], Engine]
+    engines: Callable[[str], Pool]
     engine_wait_s: float = ENGINE_WAIT_S
 
     async def publish(self, job: Job, folder: JobDir, result: Result, stop: asyncio.Event) -> None:
@@ -130,9 +130,10 @@ class Publication:
         return await asyncio.to_thread(self._keep_now, job, base, source, name, step)
 
     def _keep_now(self, job: Job, base: Base, source: Path, name: str, step: int | None) -> _Candidate:
-        check_adapter(source, base.prepared.digest)
+        limit = self.engines(job.base).max_lora_rank
+        check_adapter(source, base.prepared.digest, limit, gguf=base.prepared.gguf is not None)
         digest, path = link_adapter(source, self.adapters_dir)
-        bundle = _read_bundle(path / "template", base.bundle)
+        bundle = read_bundle(path / "template", base.bundle)
         row = ModelRow(
             name=name,
             created_at=int(time.time()),
@@ -253,7 +254,7 @@ async def _unless_stopped(work: Coroutine[Any, Any, T], stop: asyncio.Event) -> 
         await asyncio.gather(working, stopping, return_exceptions=True)
 
 
-def _read_bundle(folder: Path, of_base: Bundle) -> Bundle:
+def read_bundle(folder: Path, of_base: Bundle) -> Bundle:
     """The bundle that the adapter was trained through; the base's own object where it is the same."""
     files = {name: (folder / name).read_bytes() for name in (TEMPLATE_FILE, TOKENIZER_FILE)}
     if files == of_base.to_files():

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,8 +20,8 @@ from sqlalchemy import Connection
 
 from gateway.engines.adapters import sweep_adapters
 from gateway.engines.catalog import Catalog
-from gateway.engines.engine import Engine
 from gateway.engines.handle import ProcessHandle, exit_text
+from gateway.engines.pool import Pool
 from gateway.errors import NotFound, StoreUnavailable
 from gateway.jobdir import LOCKED_EXIT_CODE, Check, JobDir, TrainerError
 from gateway.jobs.creation import Creation
@@ -29,6 +29,7 @@ from gateway.jobs.folder import last_log_line, sweep_folders, tidy_folder
 from gateway.jobs.launcher import Launcher, adopt_check, adopt_trainer
 from gateway.jobs.names import checkpoint_name
 from gateway.jobs.publication import Publication, sweep_deleted
+from gateway.jobs.sharing import Sharing
 from gateway.jobs.training import END_GRACE_S, POLL_S, JobCancelled, JobFailed, JobPaused, Training
 from gateway.settings import Settings
 from gateway.store import jobs as statements
@@ -36,7 +37,7 @@ from gateway.store import models as model_statements
 from gateway.store.blobs import Blobs
 from gateway.store.database import Store
 from gateway.store.datadir import DataDir
-from gateway.store.events import NewEvent
+from gateway.store.events import Level, NewEvent
 from gateway.store.jobs import Job
 
 if TYPE_CHECKING:
@@ -70,16 +71,18 @@ class Supervisor:
         data_dir: DataDir,
         settings: Settings,
         catalog: Catalog,
-        engines: Callable[[str], Engine],
+        engines: Callable[[str], Pool],
         launcher: Launcher | None = None,
+        pools: Callable[[], Iterable[Pool]] = tuple,
     ) -> None:
-        """`engines` gives the engine of a base by its name, or raises EngineUnavailable."""
+        """`engines` gives the engine of a base by its name, or raises EngineUnavailable; `pools` gives all."""
         self._store = store
         self._data_dir = data_dir
         self._settings = settings
         self._launcher = launcher or Launcher()
         self._creation = Creation(store, blobs, data_dir.jobs, settings.jobs, catalog)
         self._publication = Publication(store, blobs, data_dir.adapters, settings.organization, catalog, engines)
+        self._sharing = Sharing(settings.jobs.share, pools)
         self._drives: dict[str, _Drive] = {}
         self._checking = asyncio.Semaphore(1)
         self._wake = asyncio.Event()
@@ -316,7 +319,8 @@ class Supervisor:
             pause=drive.pause,
         )
         try:
-            result = await training.run()
+            async with self._sharing.training(lambda text, level: self._tell(job, text, level), stop):
+                result = await training.run()
         except JobPaused as paused:
             step = paused.step
             await self._store.write(lambda connection: statements.park_job(connection, job.id, step))
@@ -326,6 +330,10 @@ class Supervisor:
             raise JobFailed(error.code, error.message, error.param)
         await self._publication.publish(job, folder, result, stop)
         await asyncio.to_thread(tidy_folder, folder)
+
+    async def _tell(self, job: Job, message: str, level: Level) -> None:
+        event = NewEvent(message, level=level)
+        await self._store.write(lambda connection: statements.insert_running_event(connection, job.id, event))
 
     async def _fail(self, job_id: str, error: TrainerError) -> None:
         raw = asdict(error)

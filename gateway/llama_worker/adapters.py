@@ -2,21 +2,24 @@
 
 Any number is registered: llama.cpp proves the file once, and from then on the name means that very file until it is
 unloaded. At most `limit` are in memory; one that is asked for comes in, and the one that was used longest ago and that
-nobody is using goes. All of it happens on the decode loop's thread, between steps; only `names` and `get` are for any thread.
+nobody is using goes. It happens on the decode loop's thread, between steps, which is the only one that may call llama.cpp; a
+thread of its own does beforehand what takes longer: it reads the file, and makes the form for decode steps.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
 from collections import OrderedDict
 from collections.abc import Collection
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from gateway.errors import NotFound, RequestError, TunegateError
-from gateway.llama_worker.adapter_forms import Forms, identity
+from gateway.llama_worker.adapter_forms import Forms, identity, read_through
 from gateway.llama_worker.native import Context, Model, NativeError
 
 log = logging.getLogger(__name__)
@@ -46,6 +49,8 @@ class Adapters:
         self._registered: dict[str, Registered] = {}
         self._leaving: dict[str, Registered] = {}
         self._in_memory: OrderedDict[int, Forms] = OrderedDict()  # by serial, the least recently used first
+        self._reading: dict[int, Future[None]] = {}  # of files that are asked for and not in memory
+        self._thread = ThreadPoolExecutor(1, "adapters")
 
     def names(self) -> dict[str, Path]:
         """The names that requests may use, and the folder of each. For any thread."""
@@ -61,6 +66,10 @@ class Adapters:
     def in_memory(self) -> int:
         """How many are in memory."""
         return len(self._in_memory)
+
+    def read(self, directory: str | None) -> Future[None]:
+        """Reads the file that `load` will want, so that the loop need not wait for a disk. For any thread."""
+        return self._thread.submit(_read, directory)
 
     def load(self, name: str, directory: str | None, context: Context, used: Collection[int]) -> None:
         """Registers DIRECTORY/adapter.gguf as `name` once llama.cpp has taken it.
@@ -86,25 +95,41 @@ class Adapters:
         log.info("adapter %r registered from %r", name, str(path))
 
     def bring_in(self, entry: Registered, context: Context, used: Collection[int]) -> bool:
-        """Has the adapter in memory; False when those `used` (serials) leave no room yet.
+        """Has the adapter in memory; False when its file is being read, or those `used` (serials) leave no room yet.
 
         TunegateError when the file is not what was registered.
         """
         if entry.serial in self._in_memory:
             self._in_memory.move_to_end(entry.serial)
+            self._in_memory[entry.serial].prepare(self._thread)
             return True
-        if not self._make_room(context, used):
+        reading = self._reading.get(entry.serial)
+        if reading is None:
+            reading = self._reading[entry.serial] = self._thread.submit(_read, str(entry.path.parent))
+        if not reading.done() or not self._make_room(context, used):
             return False
+        del self._reading[entry.serial]
         try:
             if identity(entry.path) != entry.identity:
                 raise TunegateError(
                     f"The file of adapter {entry.name!r}, {entry.path}, has changed since it was loaded; a name means one "
                     "adapter for as long as it is loaded. Unload it and load the new file under another name."
                 )
-            self._in_memory[entry.serial] = Forms(self._model, entry.path, self._two_forms)
+            forms = Forms(self._model, entry.path, self._two_forms)
         except (NativeError, OSError) as error:
             raise TunegateError(f"Adapter {entry.name!r} cannot be loaded again from {entry.path}: {error}") from None
+        self._in_memory[entry.serial] = forms
+        forms.prepare(self._thread)
         return True
+
+    def holds(self, serial: int) -> bool:
+        """Whether an adapter is in memory; the base (0) is none."""
+        return serial in self._in_memory
+
+    def prepared(self, serial: int) -> bool:
+        """Whether a decode step under an adapter can be taken now, without waiting; of the base (0) always."""
+        forms = self._in_memory.get(serial)
+        return forms is None or forms.prepared
 
     def forms(self, entry: Registered) -> Forms:
         """The adapter, which must have been brought in."""
@@ -121,6 +146,7 @@ class Adapters:
     def free(self, entry: Registered, context: Context) -> None:
         """Frees a withdrawn adapter that nothing uses."""
         del self._leaving[entry.name]
+        self._reading.pop(entry.serial, None)
         if entry.serial in self._in_memory:
             self._evict(entry.serial, context)
         log.info("adapter %r unloaded", entry.name)
@@ -130,6 +156,7 @@ class Adapters:
         for forms in self._in_memory.values():
             forms.close()
         self._in_memory.clear()
+        self._thread.shutdown()
 
     def _make_room(self, context: Context, used: Collection[int]) -> bool:
         while len(self._in_memory) >= self._limit:
@@ -144,6 +171,11 @@ class Adapters:
         if forms.owns(context.adapter):
             context.use_adapter(None)  # a freed adapter must be on no context
         forms.close()
+
+
+def _read(directory: str | None) -> None:
+    with contextlib.suppress(OSError, RequestError):  # whoever loads it says what is wrong
+        read_through(_adapter_path(directory))
 
 
 def _adapter_path(directory: str | None) -> Path:

@@ -9,6 +9,7 @@ Its rules:
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import deque
 from collections.abc import Iterator
@@ -47,6 +48,10 @@ class Filling:
 
     def __contains__(self, generation: Generation) -> bool:
         return generation in self._line
+
+    def waiting(self, group: int) -> int:
+        """How many prompts of `group` are in line."""
+        return sum(generation.group == group for generation in self._line)
 
     def add(self, generation: Generation) -> None:
         """Takes a request that has its places."""
@@ -111,12 +116,8 @@ class Filling:
             return True  # every position's logits are wanted, so every position is computed
         pages = _usable(generation)
         saved, known = self._cache.longest(pages)
-        provider, common = self._ahead(generation, pages)
-        if provider is not None and common > known:
-            if provider.computed < common * PAGE:
-                return False
-            self._cache.add(self._places.save(provider.places[0]), provider.borders[: provider.computed // PAGE])
-            saved, known = self._cache.longest(pages)
+        if self._shared_ahead(generation, pages) > known:
+            return False  # it is saved when it is complete
         known = _leave_rows(known, generation)
         if saved is not None and known:
             try:
@@ -128,16 +129,10 @@ class Filling:
             self._metrics.cached_tokens.inc(generation.cached)
         return True
 
-    def _ahead(self, generation: Generation, pages: list[bytes]) -> tuple[Generation | None, int]:
-        """The prompt before `generation` in line that shares most of its pages, and how many."""
-        best, most = None, 0
-        for other in self._line:
-            if other is generation:
-                break
-            common = shared(pages, other.borders)
-            if common > most:
-                best, most = other, common
-        return best, most
+    def _shared_ahead(self, generation: Generation, pages: list[bytes]) -> int:
+        """How many of its pages a prompt before `generation` in line shares, at most."""
+        before = itertools.takewhile(lambda other: other is not generation, self._line)
+        return max((shared(pages, other.borders) for other in before), default=0)
 
 
 def _usable(generation: Generation) -> list[bytes]:

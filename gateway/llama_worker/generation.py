@@ -23,6 +23,7 @@ class Generation:
     places: list[int] = field(default_factory=list)  # sequence ids, one a choice
     sequences: list[Sequence] = field(default_factory=list)  # those still running
     computed: int = 0  # prompt positions in the KV
+    overtaken: int = 0  # by so many requests, while its adapter could not be had
     cached: int = 0  # of them, those that were not computed for this request
     prompt_scores: list[Score] = field(default_factory=list)
     over: bool = False

@@ -5,8 +5,12 @@ A request takes a place for each of its choices, beside those of its adapter (se
 
 from __future__ import annotations
 
-from gateway.llama_worker.native import Bytes, Context
+import logging
+
+from gateway.llama_worker.native import Bytes, Context, NativeError
 from gateway.llama_worker.seating import Seating
+
+log = logging.getLogger(__name__)
 
 
 class Places:
@@ -64,6 +68,12 @@ class Places:
             self._torn = False
             return None
         source, target = move
-        self._context.restore(target, self._context.save(source))
+        try:
+            self._context.restore(target, self._context.save(source))
+        except NativeError as error:  # the gap costs time, no more; it is looked at again when somebody comes or goes
+            log.warning("a sequence was not moved: %s", error)
+            self._seating.undo(move, group)
+            self._torn = False
+            return None
         self._context.clear(source)
         return move

@@ -7,6 +7,7 @@ llama.cpp computes neighbours in one pass; what a sequence gets does not depend 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -41,6 +42,7 @@ class Running:
         self._emit = emit
         self._fail = fail  # ends one request; calls `remove`
         self._groups: dict[int, list[Sequence]] = {}  # by group, in the order of their places
+        self._stepped_at: dict[int, float] = {}  # by group: its last step, or when its first sequence came
 
     def __iter__(self) -> Iterator[Sequence]:
         for group in self._groups.values():
@@ -50,6 +52,10 @@ class Running:
     def groups(self) -> list[int]:
         """Those that have a sequence."""
         return list(self._groups)
+
+    def silent_s(self, group: int) -> float:
+        """How long the sequences of `group` have waited for their next token."""
+        return time.monotonic() - self._stepped_at[group]
 
     def generations(self) -> Iterator[Generation]:
         """Each once."""
@@ -68,6 +74,7 @@ class Running:
             generation.sequences.append(sequence)
             self._groups.setdefault(generation.group, []).append(sequence)
         self._sort(generation.group)
+        self._stepped_at.setdefault(generation.group, time.monotonic())
         self._metrics.generated_tokens.inc(len(generation.sequences))
         for sequence in list(generation.sequences):
             self._advance(sequence, logits)
@@ -88,6 +95,8 @@ class Running:
                 sequence.position += 1
                 self._advance(sequence, logits[row])
             waiting = [sequence for sequence in waiting if not sequence.generation.over]
+        if group in self._stepped_at:  # it is not, when its last sequence has ended
+            self._stepped_at[group] = time.monotonic()
 
     def moved(self, group: int, source: int, target: int) -> bool:
         """Follows a sequence to another place; False when none here had that place."""
@@ -113,19 +122,20 @@ class Running:
         group = self._groups[sequence.generation.group]
         group.remove(sequence)
         if not group:
-            del self._groups[sequence.generation.group]
+            del self._groups[sequence.generation.group], self._stepped_at[sequence.generation.group]
 
     def _advance(self, sequence: Sequence, logits: Floats) -> None:
         generation = sequence.generation
         if generation.over:
             return
-        if not np.isfinite(logits.max()):
+        likeliest = int(logits.argmax())  # a NaN counts as the largest
+        if not np.isfinite(logits[likeliest]):
             name = generation.request.model
             self._fail(generation, TunegateError(f"The model {name!r} produced logits that are not finite numbers."))
             return
         sampling = generation.request.sampling
         try:
-            token = sequence.sampler.choose(logits)
+            token = sequence.sampler.choose(logits, likeliest)
         except RequestError as error:  # of its grammar
             self._fail(generation, error)
             return

@@ -3,13 +3,15 @@
 Its rule: a token depends on the sequence's own logits, history, parameters and random stream, and on nothing else, so that
 the same seed gives the same text whatever else runs. The order is vLLM's: bias, floor of `min_tokens`, penalties, (greedy
 choice or) temperature, min_p, top_k, top_p. A grammar comes last, as in llama.cpp: the choice is made without it, and made
-again among what it leaves when it refuses; so it costs next to nothing where the model goes its way anyhow.
+again when it refuses, at last among all that it allows; so it costs next to nothing where the model goes its way anyhow.
 """
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +23,9 @@ Logits = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
 GREEDY_BELOW = 1e-5  # a temperature under this is 0, as in vLLM
-FILTER_ROUNDS = 8
 LARGEST = np.finfo(np.float32).max / 4  # an adjusted logit: differences of two stay finite
-ROUND = 64  # candidates that are tried before those that were refused are left out
+NOTHING_LEFT = 1e-9  # of all weight: below it, rounding decides
+TRIES = 8  # choices that a grammar may refuse before it is asked for all that it allows
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Sampler:
         self.ended = False
         self._floor_ids = np.fromiter(ends, dtype=np.int64)
         self._generated = 0
+        self._greedy = sampling.temperature < GREEDY_BELOW
         self._penalised = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
         # Only sequences with penalties pay for counts of the size of the vocabulary.
         self._counts = np.zeros(vocab_size, dtype=np.float32) if self._penalised else None
@@ -70,12 +73,17 @@ class Sampler:
             self._seen = np.zeros(vocab_size, dtype=np.bool_)
             self._seen[np.asarray(prompt_ids, dtype=np.int64)] = True
 
-    def choose(self, logits: Logits) -> int:
+    def choose(self, logits: Logits, likeliest: int | None = None) -> int:
         """The next token for `logits` (vocab); remembers it. The array is not changed.
+
+        `likeliest` is where they are largest, if that is known: greedy choices need nothing else.
 
         Raises RequestError when what the text is held to allows no token, or takes too long to follow.
         """
         adjusted = self._adjust(logits)
+        if likeliest is not None and adjusted is logits and self._greedy and self._constraint is None:
+            self._generated += 1
+            return likeliest
         token = self._pick(adjusted) if self._constraint is None else self._pick_held(adjusted, self._constraint)
         self._generated += 1
         if self._counts is not None:
@@ -107,49 +115,51 @@ class Sampler:
         return logits
 
     def _pick(self, logits: Logits) -> int:
-        if self.sampling.temperature < GREEDY_BELOW:
-            return int(logits.argmax())
-        ids, weights = self._filtered(logits)
-        drawn = self._draw(weights)
-        return drawn if ids is None else int(ids[drawn])
+        return next(self._choices(logits))
 
     def _pick_held(self, logits: Logits, constraint: Constraint) -> int:
-        """The choice without the constraint if it allows that, else the choice among what it may allow."""
+        """The first choice that the constraint allows; where it refuses the first few, the choice among all it allows."""
         constraint.begin()
-        token = self._pick(logits)
-        if not constraint.allows(token):
-            token = next((other for other in self._ordered(logits, constraint) if constraint.allows(other)), -1)
-            if token < 0:
+        tried = islice(self._choices(logits), TRIES)
+        token = next((token for token in tried if constraint.allows(token)), None)
+        if token is None:
+            ids = constraint.allowed()
+            ids = ids[logits[ids] > -np.inf]
+            if not len(ids):
                 raise RequestError(
                     "The grammar or schema asks for text that no token of this model can begin.",
                     param="structured_outputs",
                 )
+            token = int(ids[self._pick(logits[ids])])
         constraint.accept(token)
         self.ended = constraint.ended
         return token
 
-    def _ordered(self, logits: Logits, constraint: Constraint) -> Iterator[int]:
-        """The candidates: what the filters leave in a random order of the right probabilities; then the rest, likeliest first.
-
-        Weights divided by exponential noise: the largest is a draw from the weights, the next largest a draw from what is
-        left; so the first that is allowed is a draw from those that are. Each round leaves out what was refused by then, with
-        all that begins like it. Where the grammar refuses whatever the filters leave, they are not asked for ever.
-        """
-        rounds, size = 0, ROUND
-        while True:
-            ids = constraint.candidates()
-            ids = ids[logits[ids] > -np.inf]
-            if not len(ids):
-                return
-            values = logits[ids]
-            if self.sampling.temperature >= GREEDY_BELOW and rounds < FILTER_ROUNDS:
-                kept, weights = self._filtered(values)
-                noise = self._random.standard_exponential(len(weights), dtype=np.float32) + np.float32(1e-30)
-                ids, values = (ids if kept is None else ids[kept]), weights / noise
-                rounds += kept is not None
-            few, size = min(size, len(ids)), 2 * size  # a round looks at the whole vocabulary: few of them
-            places = np.argpartition(values, len(values) - few)[-few:]
-            yield from ids[places[np.lexsort((places, -values[places]))]].tolist()
+    def _choices(self, logits: Logits) -> Iterator[int]:
+        """The choice, then the choice if that one did not exist, and so on: none twice, at least one."""
+        if self.sampling.temperature < GREEDY_BELOW:
+            yield (token := int(logits.argmax()))
+            rest = logits.copy()
+            while True:
+                rest[token] = -np.inf
+                token = int(rest.argmax())
+                if rest[token] == -np.inf:
+                    return
+                yield token
+        ids, weights = self._filtered(logits)
+        borders = np.cumsum(weights, dtype=np.float64)
+        left = float(borders[-1])
+        gone: list[tuple[float, float]] = []  # where each begins and what it weighs
+        while left > NOTHING_LEFT * borders[-1]:
+            drawn = self._random.random() * left
+            for start, weight in gone:  # past what is gone, in its order
+                drawn += weight if drawn >= start else 0
+            # `drawn` may round up to the last border itself.
+            place = min(int(np.searchsorted(borders, drawn, side="right")), len(weights) - 1)
+            yield place if ids is None else int(ids[place])
+            weight = float(borders[place] - (borders[place - 1] if place else 0))
+            insort(gone, (float(borders[place]) - weight, weight))
+            left -= weight
 
     def _filtered(self, logits: Logits) -> tuple[Ids | None, Logits]:
         """(places of what temperature, min_p, top_k and top_p leave; their weights, the largest 1), None for all places."""
@@ -164,12 +174,6 @@ class Sampler:
         if sampling.top_p < 1:
             ids = _nucleus(weights, ids, sampling.top_p)
         return ids, weights[ids]
-
-    def _draw(self, weights: Logits) -> int:
-        cumulative = np.cumsum(weights, dtype=np.float64)
-        drawn = self._random.random() * cumulative[-1]
-        # `drawn` may round up to the last border itself.
-        return min(int(np.searchsorted(cumulative, drawn, side="right")), len(weights) - 1)
 
 
 def _largest(weights: Logits, ids: Ids, count: int) -> Ids:

@@ -58,6 +58,11 @@ class Seating:
         self._groups[target], self._groups[smallest[-1]] = group, None
         return smallest[-1], target
 
+    def undo(self, move: tuple[int, int], group: int) -> None:
+        """Takes back what `move` made."""
+        source, target = move
+        self._groups[source], self._groups[target] = group, None
+
     def _cost(self, seat: int, group: int) -> tuple[int, int, int]:
         """Less is better: beside one's own, not beside another group, and with room to grow on both sides."""
         left = self._groups[seat - 1] if seat else None

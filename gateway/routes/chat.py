@@ -15,6 +15,7 @@ from gateway.inference import Delta, Generation, Inference
 from gateway.replies import Reply, logprob_entries, usage_of
 from gateway.routes import caller_of
 from gateway.routes.body import read_asked
+from gateway.routes.passing import pass_on
 from gateway.routes.reply import DONE, Departure, new_id, send_events, send_json
 from gateway.routes.stored_completions import keep_completion
 from gateway.wire import chat as wire
@@ -28,8 +29,11 @@ class ChatCompletions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = scope["app"].state
         inference: Inference = state.inference
-        request = wire.parse(await read_asked(receive, state.settings, "chat"))
+        body = await read_asked(receive, state.settings, "chat")
         caller = caller_of(scope)
+        if (upstream := state.catalog.upstream(body.get("model"))) is not None:
+            return await pass_on(inference, upstream, "/chat/completions", body, caller, receive, send)
+        request = wire.parse(body)
         keep = None if request.kept is None else partial(keep_completion, state.store, request.kept, caller.project_id)
         generation = await inference.chat(
             request.model,
@@ -46,11 +50,11 @@ class ChatCompletions:
             if request.stream:
                 await send_events(send, _events(request, generation, keep))
             else:
-                body = await _whole(request, generation)
+                reply = await _whole(request, generation)
                 if not departure.gone:
                     if keep is not None:
-                        await keep(body)
-                    await send_json(send, orjson.dumps(body))
+                        await keep(reply)
+                    await send_json(send, orjson.dumps(reply))
         finally:
             departure.over()
             generation.cancel()

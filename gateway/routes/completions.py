@@ -17,6 +17,7 @@ from gateway.errors import RequestError
 from gateway.inference import Delta, Generation, Inference, TokenLogprob
 from gateway.routes import caller_of
 from gateway.routes.body import read_asked
+from gateway.routes.passing import pass_on
 from gateway.routes.reply import DONE, Departure, new_id, send_events, send_json
 from gateway.wire import completions as wire
 from gateway.wire.chat import Usage
@@ -28,8 +29,11 @@ class Completions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = scope["app"].state
         inference: Inference = state.inference
-        request = wire.parse(await read_asked(receive, state.settings, "completions"))
+        asked = await read_asked(receive, state.settings, "completions")
         caller = caller_of(scope)
+        if (upstream := state.catalog.upstream(asked.get("model"))) is not None:
+            return await pass_on(inference, upstream, "/completions", asked, caller, receive, send)
+        request = wire.parse(asked)
         generations: list[Generation] = []
 
         def cancel() -> None:

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import asyncio
 
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from gateway.inference import Inference
 from gateway.routes import caller_of
 from gateway.routes.body import read_asked
+from gateway.routes.passing import pass_on
+from gateway.routes.reply import send_json
 from gateway.wire import embeddings as wire
 
 
-async def create_embeddings(request: Request) -> Response:
+class CreateEmbeddings:
     """Parse → embed → respond."""
-    state = request.app.state
-    inference: Inference = state.inference
-    asked = wire.parse(await read_asked(request.receive, state.settings, "embeddings"))
-    made = await inference.embed(asked.model, asked.inputs, caller=caller_of(request.scope))
-    body = await asyncio.to_thread(wire.embeddings, asked, made.vectors, made.prompt_tokens)
-    return Response(body, media_type="application/json")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        state = scope["app"].state
+        inference: Inference = state.inference
+        body = await read_asked(receive, state.settings, "embeddings")
+        caller = caller_of(scope)
+        if (upstream := state.catalog.upstream(body.get("model"))) is not None:
+            return await pass_on(inference, upstream, "/embeddings", body, caller, receive, send)
+        asked = wire.parse(body)
+        made = await inference.embed(asked.model, asked.inputs, caller=caller)
+        await send_json(send, await asyncio.to_thread(wire.embeddings, asked, made.vectors, made.prompt_tokens))
 
 
-routes = [Route("/v1/embeddings", create_embeddings, methods=["POST"])]
+routes = [Route("/v1/embeddings", CreateEmbeddings(), methods=["POST"])]

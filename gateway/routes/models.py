@@ -13,13 +13,15 @@ from gateway.wire.models import deleted_body, model_body
 
 
 async def list_models(request: Request) -> Response:
-    served = request.app.state.catalog.models(project_of(request))
-    data = [model_body(model.name, model.created_at, model.owned_by) for model in served]
+    catalog = request.app.state.catalog
+    listed = [*catalog.models(project_of(request)), *catalog.upstreams]
+    data = [model_body(model.name, model.created_at, model.owned_by) for model in listed]
     return JSONResponse({"object": "list", "data": data})
 
 
 async def retrieve_model(request: Request) -> Response:
-    served = request.app.state.catalog.model(request.path_params["model"], project_of(request))
+    catalog, name = request.app.state.catalog, request.path_params["model"]
+    served = catalog.upstream(name) or catalog.model(name, project_of(request))
     return JSONResponse(model_body(served.name, served.created_at, served.owned_by))
 
 
@@ -29,11 +31,14 @@ async def delete_model(request: Request) -> Response:
     project = project_of(request)
     if await state.store.read(lambda connection: statements.was_deleted(connection, project, name)):
         return JSONResponse(deleted_body(name))
-    served = state.catalog.model(name, project)
     if not state.catalog.is_tuned(name):
+        if state.catalog.upstream(name) is None:
+            state.catalog.model(name, project)  # raises ModelNotFound
         raise Forbidden(
-            f"'{name}' is not a tuned model; bases and aliases are removed in the settings file", param="model"
+            f"'{name}' is not a tuned model; bases, aliases and upstreams are removed in the settings file",
+            param="model",
         )
+    served = state.catalog.model(name, project)
     if not await state.store.write(lambda connection: statements.delete(connection, project, name)):
         raise Forbidden(f"'{name}' belongs to another project, which alone deletes it", param="model")
     state.catalog.withdraw(name)

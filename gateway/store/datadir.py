@@ -7,6 +7,7 @@
     bases/NAME/     prepared bases
     jobs/ID/        job directories: `gateway/jobdir.py`
     adapters/DIGEST/    published adapters, never changed
+    imports/ID/     adapters from elsewhere that the gateway has not taken up: `gateway/jobs/imports.py`
     engines/NAME/   what is needed to find a running worker again: key, ready.json, worker.log
 
 The kernel drops the lock with the process, however it dies; the file itself stays.

@@ -31,6 +31,16 @@ def insert_model(connection: Connection, model: ModelRow) -> None:
     connection.execute(insert(models).values(**vars(model)))
 
 
+def replace_model(connection: Connection, model: ModelRow) -> None:
+    """Publishes a version of a name that may have one already: that one is hidden, under the name that engines know it by."""
+    where = (models.c.project_id == model.project_id, models.c.name == model.name)
+    old = connection.execute(select(models.c.seq, models.c.engine_name).where(*where)).one_or_none()
+    if old is not None:
+        hidden = {"name": f"{old.engine_name}#{old.seq}", "deleted_at": int(time.time())}
+        connection.execute(update(models).where(models.c.seq == old.seq).values(**hidden))
+    insert_model(connection, model)
+
+
 def select_model(connection: Connection, name: str, project_id: str = DEFAULT_PROJECT) -> ModelRow | None:
     where = (models.c.project_id == project_id, models.c.name == name, models.c.deleted_at.is_(None))
     row = connection.execute(select(models).where(*where)).mappings().one_or_none()

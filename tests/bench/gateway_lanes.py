@@ -30,7 +30,8 @@ from tests.bench import peers
 from tests.bench.load import Endpoint, Measured, resident_mb, run_streams, run_unary
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("direct", "tunegate", "vllm-router", "litellm")
+NAMES = ("direct", "tunegate", "tunegate-4", "vllm-router", "litellm")
+REPLICAS = 4
 STREAMS, FRAMES, GAP_MS = 32, 64, 20
 CALLERS = 16
 SATURATED_STREAMS, SATURATED_FRAMES = 16, 256
@@ -115,6 +116,7 @@ class Run:
         starters: dict[str, Callable[[int], Endpoint]] = {
             "direct": lambda port: Endpoint(port, "mock"),
             "tunegate": self._tunegate,
+            "tunegate-4": self._tunegate_replicas,
             "vllm-router": self._vllm_router,
             "litellm": self._litellm,
         }
@@ -127,15 +129,27 @@ class Run:
         return contenders, missing
 
     def _tunegate(self, engine_port: int) -> Endpoint:
+        return self._serve("tunegate", [engine_port])
+
+    def _tunegate_replicas(self, engine_port: int) -> Endpoint:
+        """The same in front of several replicas: what choosing one costs."""
+        ports = [engine_port, *(free_port() for _ in range(REPLICAS - 1))]
+        for port in ports[1:]:
+            engine = [sys.executable, "-m", "tests.bench.mock_engine", str(port)]
+            self._spawn(f"mock engine {port}", engine, f"http://127.0.0.1:{port}/health", core=None)
+        return self._serve("tunegate-4", ports)
+
+    def _serve(self, name: str, engine_ports: list[int]) -> Endpoint:
         port = free_port()
-        config = self.scratch / "tunegate.toml"
+        config = self.scratch / f"{name}.toml"
+        urls = [f"http://127.0.0.1:{engine_port}" for engine_port in engine_ports]
         config.write_text(
             f'[bases.mock]\npath = "{ROOT / "deploy" / "demo_model"}"\n'
-            f'engine_url = "http://127.0.0.1:{engine_port}"\nengine_key = "bench"\n'
+            f'[[engines]]\nkind = "llama"\nmodel = "mock"\nurls = {urls}\nkey = "bench"\n'
         )
         command = [sys.executable, "-m", "gateway", "serve", "--port", str(port), "--config", str(config)]
-        command += ["--data", str(self.scratch / "data")]
-        pid = self._spawn("tunegate", command, f"http://127.0.0.1:{port}/readyz")
+        command += ["--data", str(self.scratch / f"data-{name}")]
+        pid = self._spawn(name, command, f"http://127.0.0.1:{port}/readyz")
         return Endpoint(port, "mock", pid)
 
     def _vllm_router(self, engine_port: int) -> Endpoint:

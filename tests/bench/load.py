@@ -53,10 +53,16 @@ async def run_unary(endpoint: Endpoint, callers: int, for_s: float) -> Measured:
     return await _run(endpoint, {"max_tokens": 16}, callers, for_s)
 
 
+async def run_prompt(endpoint: Endpoint, prompt: list[int], streams: int, tokens: int, for_s: float) -> Measured:
+    """`streams` connections at once, each asking for `tokens` tokens after a prompt of ids, again until `for_s` are over."""
+    body = {"prompt": prompt, "stream": True, "max_tokens": tokens, "ignore_eos": True, "temperature": 0.7}
+    return await _run(endpoint, body, streams, for_s)
+
+
 async def _run(endpoint: Endpoint, body: dict[str, object], connections: int, for_s: float) -> Measured:
     measured = Measured()
-    message = {"role": "user", "content": "Say something."}
-    raw = json.dumps({"model": endpoint.model, "messages": [message], **body}).encode()
+    asked = {} if "prompt" in body else {"messages": [{"role": "user", "content": "Say something."}]}
+    raw = json.dumps({"model": endpoint.model, **asked, **body}).encode()
     head = (
         f"POST {endpoint.path} HTTP/1.1\r\nhost: 127.0.0.1:{endpoint.port}\r\nauthorization: Bearer {endpoint.key}\r\n"
     )

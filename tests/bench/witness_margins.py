@@ -27,7 +27,8 @@ from safetensors.numpy import load_file
 
 from gateway.bases import PreparedBase, prepare
 from gateway.engines.adapters import Adapter, check_adapter, file_digest
-from gateway.engines.engine import RECHECK_ITEMS, Engine
+from gateway.engines.engine import RECHECK_ITEMS
+from gateway.engines.kinds import llama_engine
 from gateway.engines.witness import Tolerances, WitnessMismatch, verify
 from gateway.jobdir import Hyperparameters, Lora, read_json
 from tests.engines.parts import ANYTHING_GOES, as_adapter, control_of
@@ -115,7 +116,7 @@ def other_bases(base: PreparedBase, folder: Path) -> list[tuple[str, PreparedBas
 async def measure(
     base: PreparedBase, folder: Path, adapters: list[tuple[str, Adapter]], options: argparse.Namespace
 ) -> None:
-    engine = Engine(base, folder / "engine", max_seqs=2, threads=options.threads, tolerances=ANYTHING_GOES)
+    engine = llama_engine(base, folder / "engine", max_seqs=2, threads=options.threads, tolerances=ANYTHING_GOES)
     await engine.start()
     try:
         await engine.wait_ready(300)

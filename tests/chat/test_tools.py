@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from types import SimpleNamespace
 from typing import Any, cast
 
 import openai
@@ -35,7 +34,9 @@ from gateway.engines.client import Deadlines, Endpoint
 from gateway.errors import TunegateError
 from gateway.inference import Inference
 from gateway.routes import chat
+from gateway.settings import LimitSettings, Settings
 from tests.chat.spoken import TOOLS, Reply, write_call
+from tests.engines.parts import pool_of
 from tests.tiny_tokenizers import byte_level
 
 CONTROLS = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|tool_call_start|>", "<|tool_call_end|>"]
@@ -134,6 +135,10 @@ class Engine:
     def serves(self, engine_name: str) -> bool:
         return True
 
+    def take(self, model: str | None = None) -> None: ...
+
+    def release(self, model: str | None = None) -> None: ...
+
     @property
     def prompt(self) -> str:
         return self.bundle.tokenizer.decode(self.asked[-1]["prompt"])
@@ -202,10 +207,12 @@ class House:
         self.engines["chatml"] = Engine(make_bundle("chatml", byte_level(), []))  # type: ignore[index]
         app = Starlette(routes=chat.routes, exception_handlers={TunegateError: tell})  # type: ignore[dict-item]
         self._catalog = catalog = Catalog(Deadlines(5, 5))
-        app.state.inference = Inference(catalog, 64)
-        app.state.settings = SimpleNamespace(limits=SimpleNamespace(body_bytes=1_000_000))
+        app.state.inference, app.state.catalog = Inference(catalog, 64), catalog
+        app.state.settings = Settings(limits=LimitSettings(body_bytes=1_000_000))
         for name, engine in self.engines.items():
-            catalog.add_base(Base(str(name), engine.bundle, engine, str(name), 8192, 1, cast(Any, None)))
+            catalog.add_base(
+                Base(str(name), engine.bundle, pool_of(engine, name=str(name)), str(name), 8192, 1, cast(Any, None))
+            )
         self._server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_level="error", lifespan="off"))
         self._started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))

@@ -26,8 +26,8 @@ TEMPLATE = (
 )
 # Each engine counts with more than 256 MiB, so one fits, and two do not.
 SETTINGS = """
-[engines]
-memory_bytes = 400_000_000
+[limits]
+engine_memory_bytes = 400_000_000
 [bases.first]
 idle_unload_s = 1.5
 [bases.patient]

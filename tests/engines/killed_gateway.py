@@ -15,14 +15,14 @@ from typing import Any
 
 from gateway.bases import PreparedBase
 from gateway.engines.adapters import Adapter
-from gateway.engines.engine import Engine
+from gateway.engines.kinds import llama_engine
 from tests.engines.parts import QUICK, until
 
 
 async def main(spec: dict[str, Any]) -> None:
     paths = {name: Path(spec["base"][name]) for name in ("path", "gguf")}
     base = PreparedBase(**{**spec["base"], **paths, "eos_token_ids": (2,)})
-    engine = Engine(base, Path(spec["folder"]), command=tuple(spec["command"]), timings=QUICK)
+    engine = llama_engine(base, Path(spec["folder"]), command=tuple(spec["command"]), timings=QUICK)
     engine.set_desired(Adapter(**{**adapter, "path": Path(adapter["path"])}) for adapter in spec["adapters"])
     await engine.start()
     if spec["until"] == "ready":

@@ -19,7 +19,9 @@ from gateway.engines.adapters import Adapter, file_digest, immutable_name, manif
 from gateway.engines.client import Endpoint
 from gateway.engines.control import EngineControl
 from gateway.engines.engine import Engine
+from gateway.engines.pool import Pool
 from gateway.engines.process import Timings
+from gateway.engines.replica import Replica
 from gateway.engines.witness import Tolerances
 from gateway.jobdir import ADAPTER_FILES, process_start_time
 from tests.tiny_gguf import Shape, write_tiny_gguf, write_tiny_lora
@@ -78,6 +80,15 @@ def write_manifest(folder: Path, base_digest: str) -> None:
     (folder / "manifest.json").write_text(json.dumps({"base": {"digest": base_digest}, "files": files}))
 
 
+def write_manifest_again(folder: Path) -> None:
+    """The manifest as it was, with the files that it lists as they are now."""
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    for name, entry in manifest["files"].items():
+        entry |= {"digest": file_digest(folder / name), "size_bytes": (folder / name).stat().st_size}
+    (folder / "manifest.json").unlink()  # it may be a link to the original
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 def lora_tensors(rank: int) -> dict[str, np.ndarray[Any, Any]]:
     prefix = "base_model.model.model.layers.0.self_attn.q_proj"
     return {
@@ -102,6 +113,30 @@ def write_raw_safetensors(path: Path, header: bytes, data: bytes = b"", length: 
 def as_adapter(folder: Path, name: str) -> Adapter:
     digest = manifest_digest(json.loads((folder / "manifest.json").read_bytes()))
     return Adapter(immutable_name(name, digest), folder.absolute(), "tiny", digest)
+
+
+def pool_of(*engines: Any, name: str = "tiny") -> Pool:
+    """The engines as the replicas of one base."""
+    return Pool(name, [Replica(f"{name} #{number}", engine) for number, engine in enumerate(engines, start=1)])
+
+
+class At:
+    """An engine that is ready at a port and is asked for replies alone."""
+
+    ready, state, reason = True, "ready", None
+    takes_adapters = False
+    max_lora_rank = None
+    version: dict[str, Any] = {}  # noqa: RUF012 - never changed
+
+    def __init__(self, port: int, key: str = "secret") -> None:
+        self.endpoint = Endpoint("127.0.0.1", port, key)
+
+    def serves(self, engine_name: str) -> bool:
+        return True
+
+    def take(self, model: str | None = None) -> None: ...
+
+    def release(self, model: str | None = None) -> None: ...
 
 
 async def witnessed_adapter(engine: Engine, folder: Path, name: str, **options: Any) -> Adapter:

@@ -42,6 +42,20 @@ def test_a_good_adapter_passes_and_its_facts_are_read(folder: Path) -> None:
     assert facts.size_bytes == sum((folder / name).stat().st_size for name in ADAPTER_FILES)
 
 
+def test_an_adapter_for_vllm_has_no_gguf(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(AdapterRejected, match=r"holds 'adapter\.gguf'"):
+        check_adapter(folder, BASE, gguf=False)
+    (folder / "adapter.gguf").unlink()
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    del manifest["files"]["adapter.gguf"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert check_adapter(folder, BASE, gguf=False).rank == RANK
+    _, kept = link_adapter(folder, tmp_path / "adapters")
+    assert check_adapter(kept, BASE, gguf=False).rank == RANK
+    with pytest.raises(AdapterRejected, match=r"lacks adapter\.gguf"):
+        check_adapter(folder, BASE)
+
+
 def test_an_adapter_of_another_base_is_refused(folder: Path) -> None:
     with pytest.raises(AdapterRejected, match="trained on the base"):
         check_adapter(folder, "sha256:other")

@@ -10,7 +10,7 @@ import pytest
 
 from gateway.bases import prepare
 from gateway.engines.adapters import check_adapter
-from gateway.engines.engine import Engine
+from gateway.engines.kinds import llama_engine
 from gateway.jobdir import Hyperparameters, Lora
 from tests.engines.parts import as_adapter
 from tests.tiny_architectures import write_tiny_architecture
@@ -39,7 +39,7 @@ async def test_what_is_trained_on_such_a_base_is_served_and_holds_the_witness(
     assert result is not None and (result.status, result.steps) == ("succeeded", 2), result
     facts = check_adapter(job.adapter, base.digest)
     assert facts.modules == 2 * (4 if architecture == "Phi3ForCausalLM" else 7)
-    engine = Engine(base, tmp_path / "engine", max_seqs=2, threads=1)
+    engine = llama_engine(base, tmp_path / "engine", max_seqs=2, threads=1)
     await engine.start()
     try:
         await engine.wait_ready(60)

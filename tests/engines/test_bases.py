@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.bases import prepare, read_base
+from gateway.bases import HF_TYPE, prepare, read_base
 from gateway.engines.adapters import file_digest
 from gateway.errors import SettingsError
 from tests.tiny_model import write_tiny_model
@@ -39,6 +39,27 @@ async def test_a_changed_source_name_or_template_prepares_again(tmp_path: Path) 
     third = await prepare("tiny", source, "alpaca", out)
     assert third.template == "alpaca" and third.digest == second.digest
     assert (await prepare("renamed", source, "alpaca", out)).name == "renamed"
+
+
+async def test_a_base_for_vllm_stays_as_it_is_on_hugging_face(tmp_path: Path) -> None:
+    source, out = write_tiny_model(tmp_path / "source"), tmp_path / "bases/tiny"
+    (source / "modeling_evil.py").write_text("raise SystemExit")
+    base = await prepare("tiny", source, "vicuna_v1.1", out, kind=HF_TYPE)
+    assert base.gguf is None and base.hf == out / "hf" and base.untrainable is None
+    assert not list(out.glob("*.gguf"))
+    assert (base.hf / "model.safetensors").samefile(source / "model.safetensors"), "no second copy"
+    assert not (base.hf / "modeling_evil.py").exists(), "nothing that could be executed"
+    assert read_base(out) == base
+    other = write_tiny_model(tmp_path / "other", seed=1)
+    os.replace(other / "model.safetensors", source / "model.safetensors")
+    assert (await prepare("tiny", source, "vicuna_v1.1", out, kind=HF_TYPE)).digest != base.digest
+
+
+async def test_a_ready_gguf_is_not_for_vllm(tmp_path: Path) -> None:
+    base = await prepare("tiny", write_tiny_model(tmp_path / "source"), "vicuna_v1.1", tmp_path / "bases/tiny")
+    assert base.gguf is not None
+    with pytest.raises(SettingsError, match="vLLM serves models as they are on Hugging Face"):
+        await prepare("again", base.gguf, "vicuna_v1.1", tmp_path / "bases/again", kind=HF_TYPE)
 
 
 async def test_what_a_killed_preparation_left_is_swept(tmp_path: Path) -> None:

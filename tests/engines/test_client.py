@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from gateway.engines.client import Deadlines, Endpoint, EngineClient
+from gateway.engines.client import Deadlines, EngineClient
 from gateway.errors import EngineError, EngineTimeout, EngineUnavailable, RequestError
+from tests.engines.parts import At, pool_of
 
 pytestmark = pytest.mark.anyio
 
@@ -55,7 +56,7 @@ async def engine(serve: Serve, **deadlines: float) -> AsyncIterator[tuple[Engine
     server = await asyncio.start_server(accept, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     limits = Deadlines(**{"first_token_s": 5.0, "between_tokens_s": 5.0, **deadlines})
-    client = EngineClient(lambda: Endpoint("127.0.0.1", port, "secret"), limits)
+    client = EngineClient(pool_of(At(port)), limits)
     try:
         yield client, connections
     finally:
@@ -64,7 +65,7 @@ async def engine(serve: Serve, **deadlines: float) -> AsyncIterator[tuple[Engine
 
 
 async def read_all(client: EngineClient) -> list[dict[str, Any]]:
-    stream = await client.stream({"prompt": [1]})
+    stream = await client.stream({"model": "tiny", "prompt": [1]})
     read: list[dict[str, Any]] = []
     while frames := await stream.frames():
         read += frames
@@ -109,7 +110,7 @@ async def test_the_request_carries_the_key_and_the_body() -> None:
     async with engine(serve) as (client, _):
         await read_all(client)
     assert b"authorization: Bearer secret\r\n" in seen[0]
-    assert seen[0].endswith(b'{"prompt":[1]}')
+    assert seen[0].endswith(b'{"model":"tiny","prompt":[1]}')
 
 
 async def test_comments_and_multiline_events_are_read_as_the_standard_says() -> None:
@@ -194,9 +195,9 @@ async def test_a_kept_connection_that_the_engine_closed_is_replaced_once() -> No
 
 
 async def test_an_engine_that_is_not_there_is_unavailable() -> None:
-    client = EngineClient(lambda: Endpoint("127.0.0.1", 1, "k"), Deadlines(1, 1))
+    client = EngineClient(pool_of(At(1)), Deadlines(1, 1))
     with pytest.raises(EngineUnavailable):
-        await client.stream({})
+        await client.stream({"model": "tiny"})
 
 
 async def test_a_silent_engine_meets_the_first_token_deadline() -> None:
@@ -231,7 +232,7 @@ async def test_cancelling_closes_the_connection_at_once() -> None:
         closed.set()
 
     async with engine(serve) as (client, _):
-        stream = await client.stream({})
+        stream = await client.stream({"model": "tiny"})
         assert await stream.frames() == [{"choices": []}]
         stream.cancel()
         assert await stream.frames() == []
@@ -254,7 +255,7 @@ async def test_a_reader_that_does_not_read_stops_the_engine_from_sending() -> No
         await writer.drain()
 
     async with engine(serve) as (client, _):
-        stream = await client.stream({})
+        stream = await client.stream({"model": "tiny"})
         await asyncio.sleep(0.5)
         assert sent < 2500, "30 MB do not pile up in the gateway"
         count = 0
@@ -264,8 +265,6 @@ async def test_a_reader_that_does_not_read_stops_the_engine_from_sending() -> No
 
 
 async def test_a_body_that_is_nested_too_deeply_is_the_clients_mistake() -> None:
-    client = EngineClient(
-        lambda: Endpoint("127.0.0.1", 1, "secret"), Deadlines(first_token_s=5.0, between_tokens_s=5.0)
-    )
+    client = EngineClient(pool_of(At(1)), Deadlines(first_token_s=5.0, between_tokens_s=5.0))
     with pytest.raises(RequestError, match="nested too deeply"):
-        await client.stream({"structured_outputs": {"json": json.loads("[" * 400 + "]" * 400)}})
+        await client.stream({"model": "tiny", "structured_outputs": {"json": json.loads("[" * 400 + "]" * 400)}})

@@ -14,7 +14,8 @@ from gateway.bases import PreparedBase
 from gateway.engines.adapters import Adapter, AdapterRejected
 from gateway.engines.control import EngineControl
 from gateway.engines.engine import Engine, Standing
-from gateway.engines.spawn import WORKER_COMMAND
+from gateway.engines.kinds import llama_engine
+from gateway.engines.llama_launch import LLAMA_COMMAND
 from gateway.engines.witness import WitnessMismatch
 from gateway.errors import EngineTimeout, EngineUnavailable
 from tests.engines.parts import (
@@ -40,7 +41,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> PreparedBase:
 
 
 def engine_of(base: PreparedBase, folder: Path) -> Engine:
-    return Engine(base, folder / "engine", max_seqs=4, threads=1, timings=QUICK)
+    return llama_engine(base, folder / "engine", max_seqs=4, threads=1, timings=QUICK)
 
 
 @pytest.fixture
@@ -92,8 +93,8 @@ async def test_a_worker_of_a_killed_gateway_is_taken_over_with_its_adapters(
     engine: Engine, base: PreparedBase, tmp_path: Path
 ) -> None:
     adapters = [await witnessed_adapter(engine, tmp_path, name, seed=seed) for seed, name in enumerate("abc")]
-    await kill_gateway_when("ready", base, tmp_path / "second/engine", WORKER_COMMAND, adapters[:2])
-    heir = Engine(base, tmp_path / "second/engine", timings=QUICK)
+    await kill_gateway_when("ready", base, tmp_path / "second/engine", LLAMA_COMMAND, adapters[:2])
+    heir = llama_engine(base, tmp_path / "second/engine", timings=QUICK)
     heir.set_desired(adapters[1:])
     await heir.start()
     try:

@@ -18,6 +18,7 @@ import pytest
 from gateway.bases import PreparedBase
 from gateway.engines.engine import Engine
 from gateway.engines.handle import ProcessHandle
+from gateway.engines.kinds import llama_engine
 from gateway.errors import EngineUnavailable
 from gateway.jobdir import process_start_time, read_json, write_json
 from tests.engines.parts import QUICK, is_alive, kill_gateway_when, until
@@ -34,7 +35,9 @@ def base(tmp_path: Path) -> PreparedBase:
 
 @asynccontextmanager
 async def running(tmp_path: Path, misdeed: str = "none", **options: Any) -> AsyncIterator[Engine]:
-    engine = Engine(base(tmp_path), tmp_path / "engine", command=(*FAKE, misdeed), **{"timings": QUICK, **options})
+    engine = llama_engine(
+        base(tmp_path), tmp_path / "engine", command=(*FAKE, misdeed), **{"timings": QUICK, **options}
+    )
     await engine.start()
     try:
         yield engine

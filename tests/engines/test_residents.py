@@ -10,17 +10,25 @@ from pathlib import Path
 import pytest
 
 from gateway.bases import PreparedBase
-from gateway.engines.client import Deadlines, Endpoint, EngineClient
+from gateway.engines.client import Deadlines, EngineClient
 from gateway.engines.engine import Engine
+from gateway.engines.kinds import llama_engine
 from gateway.engines.residents import Resident, Residents
 from gateway.errors import EngineUnavailable
 from gateway.jobdir import read_json
-from tests.engines.parts import QUICK, kill_gateway_when, tiny_base, until, witnessed_adapter
+from tests.engines.parts import QUICK, kill_gateway_when, pool_of, tiny_base, until, witnessed_adapter
 
 pytestmark = pytest.mark.anyio
 
 MakeResident = Callable[..., Resident]
 FAKE = (sys.executable, "-m", "tests.engines.fake_worker")
+
+
+def worker(resident: Resident) -> Engine:
+    """The one engine of a resident."""
+    engine = resident.engine.replicas[0].engine
+    assert isinstance(engine, Engine)
+    return engine
 
 
 @pytest.fixture
@@ -40,9 +48,9 @@ async def make(tmp_path: Path) -> AsyncIterator[MakeResident]:
         model.touch()
         base = PreparedBase(name, tmp_path, model, "sha256:base", "LlamaForCausalLM", 64, "vicuna_v1.1", (2,))
         command = (*FAKE, misdeed)
-        engine = Engine(base, tmp_path / "engines" / name, command=command, timings=QUICK)
+        engine = llama_engine(base, tmp_path / "engines" / name, command=command, timings=QUICK)
         engines.append(engine)
-        return Resident(engine, memory_bytes, on_demand, idle_unload_s)
+        return Resident(pool_of(engine, name=name), memory_bytes, on_demand, idle_unload_s)
 
     yield make
     await asyncio.gather(*(engine.stop() for engine in engines))
@@ -123,11 +131,11 @@ async def test_one_that_is_asked_for_while_room_is_made_is_not_stopped(make: Mak
         if engine.state == "stopping" and not held:
             held.append(asyncio.create_task(b.engine.hold()))
 
-    a.engine.on_change(hold_b)
+    worker(a).on_change(hold_b)
     with pytest.raises(EngineUnavailable):
         await large.engine.hold()
     await held[0]
-    assert b.engine.ready and b.engine.restarts == 0 and not large.engine.started
+    assert b.engine.ready and worker(b).restarts == 0 and not large.engine.started
 
 
 async def test_idle_ones_are_unloaded_and_come_back(make: MakeResident) -> None:
@@ -161,11 +169,11 @@ async def test_a_worker_that_a_killed_gateway_left_is_taken_over_and_not_forgott
     make: MakeResident, tmp_path: Path
 ) -> None:
     left = make("left")
-    await kill_gateway_when("spawned", left.engine.base, tmp_path / "engines" / "left", (*FAKE, "well"))
+    await kill_gateway_when("spawned", worker(left).base, tmp_path / "engines" / "left", (*FAKE, "well"))
     pid = read_json(tmp_path / "engines" / "left" / "spawn.json")["pid"]
     await Residents().add(left)
     await left.engine.wait_ready(10)
-    assert left.engine.pid == pid
+    assert worker(left).pid == pid
 
 
 async def test_a_stream_holds_its_engine_to_its_end(make: MakeResident) -> None:
@@ -173,17 +181,13 @@ async def test_a_stream_holds_its_engine_to_its_end(make: MakeResident) -> None:
     residents, resident = Residents(), make("a")
     await residents.add(resident)
     engine = resident.engine
-
-    def endpoint() -> Endpoint:
-        return engine.endpoint
-
-    client = EngineClient(endpoint, Deadlines(5, 5), engine)
-    stream = await client.stream({})
+    client = EngineClient(engine, Deadlines(5, 5))
+    stream = await client.stream({"model": "a"})
     assert engine.ready and engine.uses == 1
     stream.cancel()
     stream.cancel()
     assert engine.uses == 0
-    refused = await client.stream({})
+    refused = await client.stream({"model": "a"})
     with pytest.raises(Exception, match="answered"):
         await refused.frames()
     assert engine.uses == 0
@@ -192,11 +196,12 @@ async def test_a_stream_holds_its_engine_to_its_end(make: MakeResident) -> None:
 
 async def test_adapters_are_back_when_an_engine_that_rested_is_brought(tmp_path: Path) -> None:
     base = tiny_base(tmp_path / "base")
-    engine = Engine(base, tmp_path / "engine", max_seqs=2, threads=1, timings=QUICK)
+    only = llama_engine(base, tmp_path / "engine", max_seqs=2, threads=1, timings=QUICK)
+    engine = pool_of(only)
     residents = Residents()
     await residents.add(Resident(engine, 1, on_demand=True, idle_unload_s=None))
     await engine.hold()
-    adapter = await witnessed_adapter(engine, tmp_path, "a")
+    adapter = await witnessed_adapter(only, tmp_path, "a")
     engine.release()
     await engine.stop()
     assert await engine.ensure_adapter(adapter) is not None  # it brings the engine itself

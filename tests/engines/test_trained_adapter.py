@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from gateway.bases import PreparedBase, prepare
 from gateway.engines.adapters import Adapter, AdapterRejected, check_adapter, link_adapter
 from gateway.engines.engine import Engine
+from gateway.engines.kinds import llama_engine
 from gateway.engines.witness import WitnessMismatch
 from gateway.jobdir import Hyperparameters, Lora, read_json
 from tests.tiny_model import write_examples, write_job, write_tiny_model
@@ -60,7 +61,7 @@ async def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 @pytest.fixture
 async def engine(trained: Trained, tmp_path: Path) -> AsyncIterator[Engine]:
-    engine = Engine(trained.base, tmp_path / "engine", max_seqs=2, threads=1)
+    engine = llama_engine(trained.base, tmp_path / "engine", max_seqs=2, threads=1)
     await engine.start()
     await engine.wait_ready(60)
     yield engine
@@ -105,7 +106,7 @@ async def test_the_adapter_is_refused_on_another_base_by_its_digest_and_by_its_w
     other = await prepare("tiny", source, "vicuna_v1.1", tmp_path / "bases/tiny")
     with pytest.raises(AdapterRejected, match="train it again on this base"):
         check_adapter(trained.adapter.path, other.digest)
-    engine = Engine(other, tmp_path / "engine", max_seqs=2, threads=1)
+    engine = llama_engine(other, tmp_path / "engine", max_seqs=2, threads=1)
     await engine.start()
     try:
         await engine.wait_ready(60)

@@ -9,6 +9,7 @@ import pytest
 
 from gateway.bases import PreparedBase
 from gateway.engines.engine import Engine
+from gateway.engines.kinds import llama_engine
 from tests.engines.parts import QUICK, tiny_base, witnessed_adapter
 from tests.jobs.parts import with_bundle
 
@@ -20,7 +21,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> PreparedBase:
 
 @pytest.fixture(scope="module")
 async def engine(base: PreparedBase, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Engine]:
-    engine = Engine(base, tmp_path_factory.mktemp("engine"), max_seqs=4, threads=1, timings=QUICK)
+    engine = llama_engine(base, tmp_path_factory.mktemp("engine"), max_seqs=4, threads=1, timings=QUICK)
     await engine.start()
     await engine.wait_ready(60)
     yield engine

@@ -17,6 +17,8 @@ from gateway.chat.bundle import Bundle, make_bundle
 from gateway.engines.catalog import Base, Catalog
 from gateway.engines.client import Deadlines
 from gateway.engines.engine import Engine
+from gateway.engines.kinds import llama_engine
+from gateway.engines.pool import Pool
 from gateway.errors import EngineUnavailable
 from gateway.jobdir import JobDir
 from gateway.jobs.launcher import Launcher
@@ -35,7 +37,7 @@ from gateway.store.events import Event
 from gateway.store.jobs import Job
 from gateway.store.models import ModelRow
 from gateway.wire.fine_tuning import CreateJob, parse_create
-from tests.engines.parts import QUICK, as_adapter, write_manifest
+from tests.engines.parts import QUICK, as_adapter, pool_of, write_manifest
 from tests.jobs.fake_trainer import Plan
 from tests.tiny_tokenizers import sentencepiece_like
 
@@ -68,9 +70,12 @@ class Workshop:
         self.store = Store.open(self.data_dir.database)
         self.blobs = Blobs(self.data_dir.blobs)
         self.catalog = Catalog(Deadlines(10, 10))
-        self.engine = engine or Engine(prepared, self.data_dir.engines / "tiny", max_seqs=4, threads=1, timings=QUICK)
+        self.engine = engine or llama_engine(
+            prepared, self.data_dir.engines / "tiny", max_seqs=4, threads=1, timings=QUICK
+        )
+        self.pool = pool_of(self.engine)
         self.catalog.add_base(
-            Base("tiny", base_bundle(), self.engine, "tiny", self.engine.max_model_len, 1, prepared), ["gpt-4o-mini"]
+            Base("tiny", base_bundle(), self.pool, "tiny", self.engine.max_model_len, 1, prepared), ["gpt-4o-mini"]
         )
         self.engine_is_there = True
         self.supervisor = Supervisor(
@@ -83,10 +88,10 @@ class Workshop:
             Launcher((sys.executable, str(FAKE_TRAINER), str(self.plan_file))),
         )
 
-    def _engine_of(self, base: str) -> Engine:
+    def _engine_of(self, base: str) -> Pool:
         if not self.engine_is_there:
             raise EngineUnavailable(f"the base '{base}' is being prepared")
-        return self.engine
+        return self.pool
 
     def write_plan(self, plan: Plan) -> None:
         self.plan_file.write_text(json.dumps(asdict(plan)))

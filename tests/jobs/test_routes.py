@@ -160,3 +160,23 @@ async def test_as_many_jobs_wait_as_the_settings_say(tmp_path: Path, base: Prepa
         assert len(list(shop.data_dir.jobs.iterdir())) == 4
         for job_id in made:
             await jobs.cancel(job_id)
+
+
+async def test_a_job_whose_adapter_the_engine_would_not_take_is_refused_when_it_is_created(
+    tmp_path: Path, base: PreparedBase, engine: Engine, adapter: Path
+) -> None:
+    async with open_workshop(tmp_path, base, engine, Plan(adapter=str(adapter))) as shop, front_door(shop) as client:
+        engine.max_lora_rank = 8
+        try:
+            call = client.fine_tuning.jobs.create(model="tiny", training_file=await shop.upload())
+            error = await refused(call)
+        finally:
+            engine.max_lora_rank = None
+        assert (error["status"], error["param"]) == (400, "model")
+        assert "rank 8 at most" in error["message"] and "--max-lora-rank 16" in error["message"]
+        engine.version["adapters"] = False
+        try:
+            error = await refused(client.fine_tuning.jobs.create(model="tiny", training_file=await shop.upload()))
+        finally:
+            del engine.version["adapters"]
+        assert "takes no adapters" in error["message"]

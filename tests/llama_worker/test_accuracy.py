@@ -32,17 +32,26 @@ NAMES = {  # GGUF: transformers
 }
 PROMPT, REPLY = prompt(150, 3), 40
 CLOSE, CLEAR = 1e-3, 1e-2
+WITH_FLASH_ATTENTION = (
+    10  # times as far: it keeps some of its numbers in f16 (6e-3 here), which is why it is off by default
+)
 
 Floats = npt.NDArray[np.float32]
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningWorker, Path]]:
-    """A worker with the f32 model, and the folder that `model.gguf` and `tuned/adapter.gguf` lie in."""
+@pytest.fixture(scope="module", params=["steady", "fastest"])
+def served(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[tuple[RunningWorker, Path]]:
+    """A worker with the f32 model, and the folder that `model.gguf` and `tuned/adapter.gguf` lie in.
+
+    Once as it is by default, without flash attention, and once with it.
+    """
     folder = tmp_path_factory.mktemp("accuracy")
     as_f32(write_tiny_gguf(folder / "f16.gguf", q4_0=False, shape=SHAPE), folder / "model.gguf")
     write_tiny_lora(folder / "tuned" / "adapter.gguf", SHAPE, 1, RANK, ALPHA, strength=0.3)
-    with running(folder / "worker", folder / "model.gguf", "--kv-type", "f32") as worker:
+    arguments = ["--kv-type", "f32", *(["--fastest"] if request.param == "fastest" else [])]
+    with running(folder / "worker", folder / "model.gguf", *arguments) as worker:
         assert worker.load("tuned", folder / "tuned").status_code == 200
         yield worker, folder
 
@@ -67,9 +76,10 @@ def test_log_probabilities_and_greedy_tokens_are_those_of_transformers(
     ]
     measured = np.array([*of_prompt, *choice["logprobs"]["token_logprobs"]])
     rows = np.arange(len(ids) - 1)
-    assert np.abs(measured - expected[rows, ids[1:]]).max() <= CLOSE
+    times = WITH_FLASH_ATTENTION if worker.ready()["mode"]["fastest"] else 1
+    assert np.abs(measured - expected[rows, ids[1:]]).max() <= CLOSE * times
     two_best = np.sort(expected, axis=1)[:, -2:]
-    clear = (two_best[:, 1] - two_best[:, 0] > CLEAR) & (rows >= len(PROMPT) - 1)
+    clear = (two_best[:, 1] - two_best[:, 0] > CLEAR * times) & (rows >= len(PROMPT) - 1)
     assert clear.sum() > REPLY / 2
     assert (expected.argmax(axis=1)[clear] == np.array(ids[1:])[clear]).all()
 

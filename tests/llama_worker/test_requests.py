@@ -217,3 +217,21 @@ def test_a_hundred_closed_streams_leave_nothing_behind(worker: RunningWorker) ->
     assert worker.post().status_code == 200
     assert process.num_fds() <= files + 1  # one more kept-alive connection at most
     assert process.children() == []
+
+
+COUNTED = ["cached_tokens_total", "prompt_tokens_total", "generated_tokens_total"]
+COUNTED += [f'step_seconds_count{{kind="{kind}"}}' for kind in ("prompt", "decode")]
+
+
+def test_the_metrics_tell_of_queue_running_tokens_cache_kv_and_steps(worker: RunningWorker) -> None:
+    worker.ids(prompt=[7] * 40)
+    before = {name: worker.metric(name) for name in COUNTED}
+    worker.ids(prompt=[7] * 40, max_tokens=4)
+    gained = {name: worker.metric(name) - before[name] for name in COUNTED}
+    assert gained["cached_tokens_total"] == 32 and gained["prompt_tokens_total"] == 8
+    assert gained["generated_tokens_total"] == 4
+    assert gained['step_seconds_count{kind="decode"}'] == 3 and gained['step_seconds_count{kind="prompt"}'] == 1
+    text = worker.client.get("/metrics").text
+    for gauge in ("requests_waiting", "sequences_running", "kv_positions_used", "kv_positions", "adapters_in_memory"):
+        assert f"# TYPE tunegate_worker_{gauge} gauge" in text
+    assert worker.metric("kv_positions") > worker.metric("kv_positions_used")

@@ -127,3 +127,14 @@ def test_the_largest_come_first_and_equals_by_id() -> None:
 def test_a_penalty_that_overflows_still_chooses_a_likeliest_token(penalty: float, fields: dict[str, Any]) -> None:
     sampler = Sampler(Sampling(repetition_penalty=penalty, **fields), [1, 2], 0, 4, frozenset())
     assert sampler.choose(np.array([3.0, 2.0, -1.0, 0.5], dtype=np.float32)) == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"temperature": 0}, {"temperature": 0, "logit_bias": {3: 9.0}}, {"temperature": 0, "frequency_penalty": 1.0}],
+)
+def test_knowing_the_likeliest_token_beforehand_changes_no_choice(fields: dict[str, Any]) -> None:
+    known, unknown = (Sampler(Sampling(seed=5, **fields), [0], 0, len(LOGITS), frozenset()) for _ in range(2))
+
+    likeliest = int(LOGITS.argmax())
+    assert [known.choose(LOGITS, likeliest) for _ in range(20)] == [unknown.choose(LOGITS) for _ in range(20)]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.llama_worker.sampling import Sampler, Sampling
-from gateway.llama_worker.structured.constraint import Structure, Vocabulary
+from gateway.llama_worker.sampling import TRIES, Sampler, Sampling
+from gateway.llama_worker.structured.constraint import Constraint, Structure
 from gateway.llama_worker.structured.rules import parse
+from gateway.llama_worker.structured.vocabulary import Vocabulary
 
 DRAWS = 20_000
 SPREAD = np.random.default_rng(3).normal(0, 2, 40).astype(np.float32)
@@ -198,3 +201,41 @@ def test_filters_hold_among_what_a_grammar_allows() -> None:
         for seed in range(300)
     }
     assert drawn == likeliest
+
+
+class Counting(Structure):
+    """Counts how many tokens are asked about one by one."""
+
+    asked = 0
+
+    def constraint(self, end_ids: Iterable[int]) -> Constraint:
+        constraint, one = super().constraint(end_ids), Constraint.allows
+
+        def allows(token: int) -> bool:
+            self.asked += 1
+            return one(constraint, token)
+
+        constraint.allows = allows  # type: ignore[method-assign]
+        return constraint
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 1.5])
+def test_a_grammar_that_refuses_nearly_everything_is_asked_a_few_times_a_token(temperature: float) -> None:
+    letters = [bytes([byte]) for byte in b"abcdefghijklmnopqrstuvwxyz"]
+    pieces = [b"\x01", *letters, *(a + b for a in letters for b in letters)]
+    structure = Counting(parse('root ::= ([a-z] "\\x01")+'), Vocabulary(pieces))
+    logits = np.array([-30.0] * 27 + [0.0] * 26**2, dtype=np.float32)  # what is liked is refused
+    sampler = Sampler(Sampling(seed=1, temperature=temperature, structure=structure), [0], 0, len(pieces), frozenset())
+    for token in range(40):
+        piece = pieces[sampler.choose(logits)]
+        assert piece == b"\x01" if token % 2 else piece in letters
+    assert structure.asked <= 40 * TRIES
+
+
+def test_what_was_refused_is_not_tried_again() -> None:
+    for spread in (1, 3, 20):
+        choices = list(
+            islice(Sampler(Sampling(seed=5), [0], 0, len(SPREAD), frozenset())._choices(SPREAD * spread), 12)
+        )
+        assert len(choices) == len(set(choices)) > 12 - spread
+    assert sorted(Sampler(Sampling(temperature=0), [0], 0, 3, frozenset())._choices(SPREAD[:3])) == [0, 1, 2]

@@ -18,12 +18,13 @@ from gateway.errors import RequestError
 from gateway.llama_worker.native import Model, NativeLog
 from gateway.llama_worker.structured.automaton import DEAD, Automaton, GrammarTooCostly
 from gateway.llama_worker.structured.compiler import Compiler, read_wish
-from gateway.llama_worker.structured.constraint import Structure, Vocabulary
+from gateway.llama_worker.structured.constraint import Structure
 from gateway.llama_worker.structured.gbnf import GrammarError
 from gateway.llama_worker.structured.json_rules import ANY_OBJECT
 from gateway.llama_worker.structured.json_schema import UnsupportedSchema, schema_to_gbnf
 from gateway.llama_worker.structured.regex import UnsupportedRegex, regex_to_gbnf
 from gateway.llama_worker.structured.rules import parse
+from gateway.llama_worker.structured.vocabulary import Vocabulary
 from gateway.llama_worker.vocabulary import NativeVocabulary
 from tests.llama_worker.words import WORDS
 from tests.tiny_gguf import EOS, write_tiny_gguf
@@ -426,7 +427,7 @@ def test_the_same_tokens_are_allowed_as_by_llama_cpps_own_sampler(word_model: Mo
             theirs = {entry.id for entry in data if entry.logit == 0.0 and is_text(text, pieces[entry.id])}
             theirs |= {EOS} if data[EOS].logit == 0.0 else set()
             constraint.begin()
-            ours = {token for token in constraint.candidates().tolist() if constraint.allows(token)} - {NUL}
+            ours = set(constraint.allowed().tolist()) - {NUL}
             assert ours == theirs
             constraint.begin()
             assert {token for token in range(word_model.vocab_size) if constraint.allows(token)} - {NUL} == theirs

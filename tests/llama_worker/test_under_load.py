@@ -114,3 +114,20 @@ def test_a_tenant_with_many_requests_does_not_starve_another_adapter(loaded_work
         loaded_worker.complete(model="blue", prompt=prompt(40, 77), max_tokens=30, ignore_eos=True)
         passed = loaded_worker.metric("generated_tokens_total") - before
     assert passed < 30 * 60  # it had its turns: red's nine sequences got no more than a few steps for each of its own
+
+
+def test_requests_that_come_together_are_decoded_together(loaded_worker: RunningWorker) -> None:
+    # Eight prompts of a chunk each, in line behind a long one: with a step after every chunk it would be 37 steps.
+    before = loaded_worker.metric('step_seconds_count{kind="decode"}')
+    with ThreadPoolExecutor(9) as pool:
+        first = pool.submit(loaded_worker.complete, prompt=prompt(2000, 3), max_tokens=1, cache_salt="together")
+        loaded_worker.wait_metric("sequences_running", 1, timeout_s=10)
+        replies = [
+            pool.submit(loaded_worker.complete, prompt=prompt(60, 200 + number), max_tokens=31, ignore_eos=True)
+            for number in range(8)
+        ]
+        loaded_worker.wait_metric("sequences_running", 9, timeout_s=10)
+        assert not first.done()
+        for reply in replies:
+            assert reply.result()["usage"]["completion_tokens"] == 31
+    assert loaded_worker.metric('step_seconds_count{kind="decode"}') - before < 37

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Connection, create_engine, insert, update
+from sqlalchemy import Connection, create_engine, event, insert, update
 
 from gateway.errors import RequestError
 from gateway.store.pages import Order, select_page
@@ -69,6 +70,23 @@ def test_a_row_that_is_hidden_still_marks_its_place(connection: Connection) -> N
     connection.execute(update(files).where(files.c.id == "f2").values(deleted_at=9))
     page = select_page(connection, files, files.c.deleted_at.is_(None), limit=10, after="f2")
     assert [row["id"] for row in page.items] == ["f1", "f0"] and not page.has_more
+
+
+def test_a_page_far_behind_is_found_through_the_index_and_not_by_walking(connection: Connection) -> None:
+    for n in range(10):
+        add(connection, f"f{n}", n)
+    asked: list[tuple[str, object]] = []
+
+    def note(_: object, __: object, statement: str, parameters: object, *___: object) -> None:
+        asked.append((statement, parameters))
+
+    event.listen(connection, "before_cursor_execute", note)
+    for order in ("desc", "asc"):
+        select_page(connection, files, files.c.project_id == "default", limit=3, after="f5", order=order)
+        statement, parameters = asked[-1]
+        plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)  # type: ignore[arg-type]
+        (step,) = [row.detail for row in plan]
+        assert re.search(r"USING INDEX ix_files_listed \(project_id=\? AND \(?created_at", step), step
 
 
 def test_an_id_that_never_was_has_nothing_after_it(connection: Connection) -> None:

@@ -47,6 +47,15 @@ def test_the_base_differs_from_the_unquantised_one(base: BaseRef, tiny_source: P
     assert 0.02 < float((served - original).norm() / original.norm()) < 0.2
 
 
+def test_a_base_for_vllm_is_trained_on_as_it_is(tiny_source: Path) -> None:
+    ref = BaseRef("tiny", str(tiny_source.parent), None, "sha256:0", hf=str(tiny_source))
+    model = load_base(ref)
+    original = load_file(tiny_source / "model.safetensors")
+    assert all(torch.equal(model.state_dict()[name], tensor.float()) for name, tensor in original.items())
+    assert model.dtype is torch.float32 and not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.name_or_path == "tiny", "no path of this machine"
+
+
 def test_only_the_adapter_learns_and_the_head_has_none(base: BaseRef) -> None:
     model = add_lora(load_base(base), Lora(rank=4, alpha=8), seed=1)
     learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]

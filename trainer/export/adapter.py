@@ -14,7 +14,7 @@ from typing import Any
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from gateway.jobdir import ADAPTER_FILES, JobDir, JobSpec, read_json
+from gateway.jobdir import ADAPTER_FILES, ADAPTER_GGUF, BaseRef, JobDir, JobSpec, read_json
 from trainer.export.folder import complete_folder
 from trainer.export.lora_gguf import write_lora_gguf
 from trainer.export.tensors import Layout
@@ -23,17 +23,25 @@ FORMAT = 1
 
 
 def write_adapter(path: Path, model: PeftModel, job: JobDir, spec: JobSpec, witness: dict[str, Any]) -> None:
-    """Makes the folder `path` with exactly ADAPTER_FILES in it."""
+    """What training a job leaves; see `write_adapter_files`."""
+    write_adapter_files(path, model, job.template, spec.base, spec.template_digest, witness)
+
+
+def write_adapter_files(
+    path: Path, model: PeftModel, template: Path, base: BaseRef, template_digest: str, witness: dict[str, Any]
+) -> None:
+    """Makes the folder `path` with exactly ADAPTER_FILES in it, adapter.gguf only for a base that is served as a GGUF."""
     with complete_folder(path) as folder:
         config = write_peft_files(folder, model)
-        tensors = {name: tensor.numpy() for name, tensor in _adapter_tensors(model).items()}
-        base_config = read_json(Path(spec.base.path) / "config.json")
-        write_lora_gguf(folder / "adapter.gguf", tensors, config, Layout.from_config(base_config))
+        if base.gguf is not None:
+            tensors = {name: tensor.numpy() for name, tensor in _adapter_tensors(model).items()}
+            base_config = read_json(Path(base.path) / "config.json")
+            write_lora_gguf(folder / ADAPTER_GGUF, tensors, config, Layout.from_config(base_config))
         _write_json(folder / "witness.json", witness)
         (folder / "template").mkdir()
-        for file in job.template.iterdir():
+        for file in template.iterdir():
             (folder / "template" / file.name).write_bytes(file.read_bytes())
-        _write_json(folder / "manifest.json", _manifest(folder, spec, config))
+        _write_json(folder / "manifest.json", _manifest(folder, base, template_digest, config))
 
 
 def write_peft_files(folder: Path, model: PeftModel) -> dict[str, Any]:
@@ -56,16 +64,16 @@ def _adapter_tensors(model: PeftModel) -> dict[str, Any]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(state.items())}
 
 
-def _manifest(folder: Path, spec: JobSpec, config: dict[str, Any]) -> dict[str, Any]:
+def _manifest(folder: Path, base: BaseRef, template_digest: str, config: dict[str, Any]) -> dict[str, Any]:
     return {
         "format": FORMAT,
-        "base": spec.base.name,
-        "base_digest": spec.base.digest,
-        "template_digest": spec.template_digest,
+        "base": base.name,
+        "base_digest": base.digest,
+        "template_digest": template_digest,
         "rank": config["r"],
         "alpha": config["lora_alpha"],
         "target_modules": config["target_modules"],
-        "files": {name: _entry(folder / name) for name in ADAPTER_FILES if name != "manifest.json"},
+        "files": {name: _entry(folder / name) for name in ADAPTER_FILES if (folder / name).is_file()},
     }
 
 

@@ -5,6 +5,8 @@ its name, the model's own ("model"), or one whose recipe comes with it.
 
     config.json · tokenizer.json · template.json · model.f16.gguf · model.q4_0.gguf (or another type) · base.json
 
+With the type "hf" the model stays as it is on Hugging Face, in hf/: what vLLM serves.
+
 Place in the flow: before the first job or chat on a base. One rule: the folder is whole or absent (written beside,
 renamed), and what a kill leaves beside is gone on with by the next start. Its own process, without torch (llama.cpp's
 converter has one too).
@@ -40,6 +42,8 @@ from trainer.export.tensors import Layout, UnsupportedModel
 
 F16_FILE, READY_FILE = "model.f16.gguf", "model.gguf"
 OWN_TEMPLATE = "model"
+HF_TYPE = "hf"
+HF_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _REFUSALS = (UnsupportedModel, KeyError, ValueError)
 
@@ -52,7 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--template", required=True, help="the chat template, by name; 'model' for its own")
     parser.add_argument("--out", type=Path, required=True, help="the folder to make; its name is the base's name")
     parser.add_argument("--name", help="the base's name, where it is not the folder's")
-    parser.add_argument("--type", choices=TYPES, default=DEFAULT_TYPE, help="of the weights that are served")
+    parser.add_argument(
+        "--type", choices=(*TYPES, HF_TYPE), default=DEFAULT_TYPE, help="of the weights that are served"
+    )
     parser.add_argument("--added", action="store_true", help="mark the base as one that no settings file needs to name")
     parser.add_argument("--recipe", type=Path, help='what a template that is not built in is made of ("-": stdin)')
     parser.add_argument("--threads", type=int, default=0, help="for quantising; 0 means all")
@@ -103,12 +109,18 @@ def prepare(
     progress = progress or Progress(name)
     bundle = bundle_of(_template(template, recipe, found), found.tokenizer_json, found.eos_token_ids)
     out.parent.mkdir(parents=True, exist_ok=True)
+    if kind == HF_TYPE and isinstance(found, GgufFile):
+        raise UnsupportedModel(
+            f"{source.name} is a .gguf file; vLLM serves models as they are on Hugging Face (a folder)"
+        )
     with resumable_folder(out, _resume_key(source, name), _REFUSALS) as beside:
         if isinstance(found, GgufFile):
             file = _take(found, beside, progress)
+        elif kind == HF_TYPE:
+            file = link_hf(found, beside / HF_TYPE)
         else:
             file = _make(found, name, kind, beside, threads, progress)
-        config, untrainable = _trainable_config(found)
+        config, untrainable = (found.config, None) if kind == HF_TYPE else _trainable_config(found)
         (beside / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         for bundled in (TEMPLATE_FILE, TOKENIZER_FILE):
             (beside / bundled).write_bytes(bundle.to_files()[bundled])
@@ -117,12 +129,12 @@ def prepare(
             "name": name,
             "architecture": found.architecture,
             "context_length": found.context_length,
-            "gguf": file.name,
-            "digest": f"sha256:{file_sha256(file)}",
+            "hf" if kind == HF_TYPE else "gguf": file.name,
+            "digest": f"sha256:{folder_sha256(file) if kind == HF_TYPE else file_sha256(file)}",
             "template": template,
             "eos_token_ids": found.eos_token_ids,
             "untrainable": untrainable,
-            "kv_bytes_per_token": kv_bytes_per_token(read_metadata(file)),
+            "kv_bytes_per_token": None if kind == HF_TYPE else kv_bytes_per_token(read_metadata(file)),
             **({"added": added} if added else {}),
         }
         (beside / "base.json").write_text(json.dumps(base, indent=1) + "\n")
@@ -171,6 +183,30 @@ def _take(source: GgufFile, beside: Path, progress: Progress) -> Path:
             with complete_file(served) as part:
                 shutil.copyfile(source.path, part)
     return served
+
+
+def link_hf(source: HfFolder, out: Path) -> Path:
+    """The files of a Hugging Face folder that a model consists of, as hard links; nothing that could be executed.
+
+    On another file system they are symbolic links: nobody wants a second copy of a hundred gigabytes.
+    """
+    out.mkdir(exist_ok=True)
+    for path in sorted({path for pattern in HF_PATTERNS for path in source.path.glob(pattern)}):
+        target = out / path.name
+        target.unlink(missing_ok=True)
+        try:
+            os.link(path.resolve(), target)
+        except OSError:
+            target.symlink_to(path.resolve())
+    return out
+
+
+def folder_sha256(folder: Path) -> str:
+    """One digest of what decides how a model computes: its weights and its config.json."""
+    lines = [
+        f"{path.name} {file_sha256(path)}\n" for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+    ]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _trainable_config(found: HfFolder | GgufFile) -> tuple[dict[str, Any], str | None]:

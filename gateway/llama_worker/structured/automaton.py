@@ -62,6 +62,12 @@ class Automaton:
             state = following
         return state, len(data)
 
+    def charge(self, work: int) -> None:
+        """Counts `work`, done or about to be; GrammarTooCostly past the limit."""
+        self.work += work
+        if self.work > self.limit:
+            raise GrammarTooCostly
+
     def accepts(self, state: int) -> bool:
         """Whether the text may end here."""
         return EMPTY in self._stacks[state]
@@ -77,17 +83,6 @@ class Automaton:
         for stack in self._stacks[state]:
             allowed |= masks[tops[stack]]
         return allowed
-
-    def forced(self, state: int, most: int) -> bytes:
-        """The bytes, `most` at most, that must come next and can be no others: inside a literal."""
-        found = bytearray()
-        while len(found) < most and EMPTY not in self._stacks[state]:
-            mask = self.first_bytes(state)
-            if mask.bit_count() != 1:
-                break
-            found.append(mask.bit_length() - 1)
-            state = self.step(state, found[-1])
-        return bytes(found)
 
     @property
     def full(self) -> bool:
@@ -125,7 +120,7 @@ class Automaton:
         grammar, tops, rests = self._grammar, self._tops, self._rests
         found, seen, todo = [], {stack}, [stack]
         while todo:
-            self._count(1)
+            self.charge(1)
             current = todo.pop()
             top = tops[current]
             if current == EMPTY or grammar.masks[top]:
@@ -133,7 +128,7 @@ class Automaton:
                 continue
             after = self._push(grammar.following[top], rests[current])
             starts = grammar.rules[grammar.refs[top]]
-            self._count(len(starts))
+            self.charge(len(starts))
             for start in starts:
                 expanded = self._push(start, after)
                 if expanded not in seen:
@@ -155,7 +150,7 @@ class Automaton:
         return number
 
     def _state(self, stacks: set[int]) -> int:
-        self._count(1 + len(stacks))
+        self.charge(1 + len(stacks))
         if len(stacks) > MAX_STACKS:
             raise GrammarTooCostly
         key = tuple(sorted(stacks))
@@ -166,8 +161,3 @@ class Automaton:
             self._edges.append({})
             self._kept += len(key)
         return number
-
-    def _count(self, work: int) -> None:
-        self.work += work
-        if self.work > self.limit:
-            raise GrammarTooCostly

@@ -11,13 +11,14 @@ from typing import Any
 import orjson
 
 from gateway.errors import RequestError
-from gateway.llama_worker.structured.constraint import Structure, Vocabulary
+from gateway.llama_worker.structured.constraint import Structure
 from gateway.llama_worker.structured.gbnf import PARAM
 from gateway.llama_worker.structured.json_rules import ANY_OBJECT
 from gateway.llama_worker.structured.json_schema import schema_to_gbnf
 from gateway.llama_worker.structured.regex import UnsupportedRegex, regex_to_gbnf
 from gateway.llama_worker.structured.rules import parse
 from gateway.llama_worker.structured.spelling import quote
+from gateway.llama_worker.structured.vocabulary import Vocabulary
 
 KEPT = 16
 MAX_CHOICES = 10_000

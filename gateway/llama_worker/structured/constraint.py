@@ -1,12 +1,12 @@
 """Which of a model's tokens a grammar allows next. On the decode loop's thread.
 
-Its rule: the token that the sampler likes best is checked first, and only what is refused costs more. Tokens are held sorted by
-their bytes, so that one refusal rules out every token that begins in the same way.
+Its rule: the tokens that the sampler likes best are checked first; only where they are refused are all of them looked at, and
+what a state of the grammar allows is then kept.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from collections import OrderedDict
 from collections.abc import Iterable
 
 import numpy as np
@@ -14,76 +14,63 @@ import numpy.typing as npt
 
 from gateway.llama_worker.structured.automaton import DEAD, Automaton, GrammarTooCostly
 from gateway.llama_worker.structured.rules import Grammar
+from gateway.llama_worker.structured.vocabulary import Vocabulary
 
 Ids = npt.NDArray[np.int64]
 
-NO_BYTE = 256
-MAX_FORCED = 64
 WORK_A_TOKEN = 4_000  # units of the automaton's work that a token earns (about 2 ms)
 WORK_AT_ONCE = 40_000  # that may be saved up for a harder one
-WORK_A_CHECK = 2  # what the check of one token costs besides
+KEPT = 64  # states whose allowed tokens a structure remembers, a bit a token: 19 KB each where there are 150,000
 
 
-class Vocabulary:
-    """The bytes of each token, empty where it is no text (control tokens), and the order of those bytes."""
+class Followers:
+    """The states of a grammar, and which tokens of a vocabulary may follow those that were asked for lately."""
 
-    def __init__(self, pieces: list[bytes]) -> None:
-        self.pieces = pieces
-        spoken = [token for token, piece in enumerate(pieces) if piece]
-        spoken.sort(key=pieces.__getitem__)
-        self.order: Ids = np.array(spoken, dtype=np.int64)
-        self._sorted = [pieces[token] for token in spoken]
-        self.ranks: Ids = np.full(len(pieces), -1, dtype=np.int64)
-        self.ranks[self.order] = np.arange(len(spoken))
-        self._first = np.array([piece[0] if piece else NO_BYTE for piece in pieces], dtype=np.int16)
+    def __init__(self, automaton: Automaton, vocabulary: Vocabulary) -> None:
+        self.automaton = automaton
+        self.vocabulary = vocabulary
+        self._kept: OrderedDict[int, npt.NDArray[np.uint8]] = OrderedDict()
 
-    def beginning_with(self, prefix: bytes) -> slice:
-        """Where in `order` the tokens lie whose bytes begin with `prefix`."""
-        low = bisect_left(self._sorted, prefix)
-        above = prefix.rstrip(b"\xff")
-        high = len(self._sorted) if not above else bisect_left(self._sorted, above[:-1] + bytes([above[-1] + 1]))
-        return slice(low, high)
+    def of(self, state: int) -> npt.NDArray[np.bool_]:
+        """Of each token, whether it may follow; GrammarTooCostly."""
+        packed = self._kept.get(state)
+        if packed is not None:
+            self._kept.move_to_end(state)
+            return np.unpackbits(packed, count=len(self.vocabulary.pieces)).view(np.bool_)
+        found = self.vocabulary.allowed(self.automaton, state)
+        self._kept[state] = np.packbits(found)
+        if len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        return found
 
-    def starting_in(self, bytes_mask: int) -> Ids:
-        """The ids of the tokens whose first byte is in the mask, ascending."""
-        table = np.zeros(NO_BYTE + 1, dtype=np.bool_)
-        table[:NO_BYTE] = np.unpackbits(np.frombuffer(bytes_mask.to_bytes(32, "little"), np.uint8), bitorder="little")
-        return np.flatnonzero(table[self._first])
-
-    def along(self, text: bytes) -> Ids:
-        """The ids of the tokens that `text` begins with, or that begin with `text`; ascending."""
-        found = [self.order[self.beginning_with(text)]]
-        for size in range(1, len(text)):
-            low = high = bisect_left(self._sorted, text[:size])
-            while high < len(self._sorted) and self._sorted[high] == text[:size]:
-                high += 1
-            found.append(self.order[low:high])
-        return np.sort(np.concatenate(found))
+    def rebuilt(self, state: int) -> tuple[Followers, int]:
+        """The same with nothing remembered, and the number that `state` has in it."""
+        automaton, state = self.automaton.rebuilt(state)
+        return Followers(automaton, self.vocabulary), state
 
 
 class Structure:
     """A compiled grammar for one vocabulary; any number of sequences are held to it at the same time."""
 
     def __init__(self, grammar: Grammar, vocabulary: Vocabulary) -> None:
-        self.vocabulary = vocabulary
         self._grammar = grammar
-        self._automaton = Automaton(grammar)
+        self._followers = Followers(Automaton(grammar), vocabulary)
 
     def constraint(self, end_ids: Iterable[int]) -> Constraint:
         """One sequence at its beginning; `end_ids` are the tokens that end it."""
-        if self._automaton.full:
-            self._automaton = Automaton(self._grammar)
-        return Constraint(self._automaton, self.vocabulary, frozenset(end_ids))
+        if self._followers.automaton.full:
+            self._followers = Followers(Automaton(self._grammar), self._followers.vocabulary)
+        return Constraint(self._followers, frozenset(end_ids))
 
 
 class Constraint:
     """How far one sequence has come in its grammar."""
 
-    def __init__(self, automaton: Automaton, vocabulary: Vocabulary, end_ids: frozenset[int]) -> None:
-        self._automaton, self._vocabulary, self._end_ids = automaton, vocabulary, end_ids
-        self._state = automaton.start
+    def __init__(self, followers: Followers, end_ids: frozenset[int]) -> None:
+        self._followers, self._end_ids = followers, end_ids
+        self._pieces = followers.vocabulary.pieces
+        self._state = followers.automaton.start
         self._budget = WORK_AT_ONCE
-        self._refused: npt.NDArray[np.bool_] | None = None  # by rank; of the present state
 
     @property
     def ended(self) -> bool:
@@ -91,60 +78,43 @@ class Constraint:
         return self._automaton.is_over(self._state)
 
     def begin(self) -> None:
-        """Call before the checks of each token: it grants them their work."""
+        """Call before the questions about each token: it grants them their work."""
         self._budget = min(WORK_AT_ONCE, self._budget + WORK_A_TOKEN)
-        self._refused = None
 
     def allows(self, token: int) -> bool:
         """Whether `token` may come next. Raises GrammarTooCostly."""
         if token in self._end_ids and self._automaton.accepts(self._state):
             return True
-        piece = self._vocabulary.pieces[token]
-        if not piece or (self._refused is not None and self._refused[self._vocabulary.ranks[token]]):
-            return False
-        self._budget -= WORK_A_CHECK
-        state, taken = self._run(piece)
-        if state != DEAD:
-            return True
-        if self._refused is None:
-            self._refused = np.zeros(len(self._vocabulary.order), dtype=np.bool_)
-        self._refused[self._vocabulary.beginning_with(piece[: taken + 1])] = True
-        return False
+        return bool(self._pieces[token]) and self._run(self._pieces[token]) != DEAD
 
-    def candidates(self) -> Ids:
-        """The ids, ascending, that may still be allowed: not refused so far, and beginning as the grammar does."""
-        forced = self._forced()
-        if forced:
-            found = self._vocabulary.along(forced)
-        else:
-            found = self._vocabulary.starting_in(self._automaton.first_bytes(self._state))
-        if self._refused is not None:
-            found = found[~self._refused[self._vocabulary.ranks[found]]]
+    def allowed(self) -> Ids:
+        """The ids of all tokens that may come next, ascending. Raises GrammarTooCostly."""
+        before = self._allow_work()
+        try:
+            found = self._followers.of(self._state)
+        finally:
+            self._budget -= self._automaton.work - before
         if self._automaton.accepts(self._state):
-            found = np.union1d(found, np.fromiter(self._end_ids, dtype=np.int64))
-        return found
+            found[list(self._end_ids)] = True
+        return np.flatnonzero(found)
 
     def accept(self, token: int) -> None:
-        """Goes on with a token that `allows` has allowed."""
-        piece = self._vocabulary.pieces[token]
-        state, _ = self._run(piece) if piece else (DEAD, 0)
+        """Goes on with a token that `allows` or `allowed` has allowed."""
+        state = self._run(self._pieces[token]) if self._pieces[token] else DEAD
         if state == DEAD:
             return  # a token that ends the text
         self._state = state
         if self._automaton.full:
-            self._automaton, self._state = self._automaton.rebuilt(state)
+            self._followers, self._state = self._followers.rebuilt(state)
 
-    def _run(self, piece: bytes) -> tuple[int, int]:
+    @property
+    def _automaton(self) -> Automaton:
+        return self._followers.automaton
+
+    def _run(self, piece: bytes) -> int:
         before = self._allow_work()
         try:
-            return self._automaton.run(self._state, piece)
-        finally:
-            self._budget -= self._automaton.work - before
-
-    def _forced(self) -> bytes:
-        before = self._allow_work()
-        try:
-            return self._automaton.forced(self._state, MAX_FORCED)
+            return self._automaton.run(self._state, piece)[0]
         finally:
             self._budget -= self._automaton.work - before
 

@@ -3,8 +3,9 @@
     python -m tests.bench.llama_worker [--quick] [--shape 200m|1b] [--streams 1 4 8 16] [--adapters 0 1 4] [--rounds 5]
 
 Every row is sent to every server in turn, round after round, and each figure is the median of the rounds: a noisy minute hits
-all of them. All servers get the same model file, threads, sequences, context and flash-attention setting. The exit code
-says whether all rows hold.
+all of them. All servers get the same model file, threads, sequences, context and flash-attention setting. With `--record
+FILE` rounds add up over several runs, for machines that are quiet only now and then. The exit code says whether all
+rows hold.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tests.bench.llama_worker import cold, models
+from tests.bench.llama_worker import cold, models, record
 from tests.bench.llama_worker.build import PeerUnavailable
 from tests.bench.llama_worker.rows import PREFIX, REPLY, SUFFIX, Measured, Row, check_reply, rows, run
 from tests.bench.llama_worker.servers import (
@@ -58,12 +59,11 @@ def main() -> int:
         wrong = [reason for server in servers if (reason := check_reply(server, shape.vocab_size))]
         if wrong:
             sys.exit("; ".join(wrong))
-        results, python_cost = _measure(
-            servers, rows(options.streams, options.adapters), options.rounds, shape.vocab_size
-        )
+        table, done = rows(options.streams, options.adapters), record.read(options.record)
+        results, python_cost = _measure(servers, table, done, options, shape.vocab_size)
         start = cold.measure(setting, Path(folder) / "cold", options.registered, options.rounds, shape.vocab_size)
-    table, verdict, holds = _report(results, missing)
-    print(table, python_cost, start, verdict, sep="\n")
+    text, verdict, holds = _report(results, missing)
+    print(text, python_cost, start, verdict, sep="\n")
     return 0 if holds and start.holds else 1
 
 
@@ -76,6 +76,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--adapters", type=int, nargs="+", default=[0, 1, 4], help="0 is the base")
     parser.add_argument("--registered", type=int, default=1000, help="adapters, for the cold start")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--record", type=Path, help="JSON lines to which rounds are added and from which they count")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument(
         "--flash-attention", action="store_true", help="on for all servers; off is the worker's default"
@@ -99,9 +100,16 @@ def _start(setting: Setting, folder: Path, peers: list[str], stack: ExitStack) -
     return servers, missing
 
 
-def _measure(servers: list[Server], table: list[Row], rounds: int, vocab_size: int) -> tuple[Results, str]:
+def _measure(
+    servers: list[Server], table: list[Row], done: list[record.Entry], options: argparse.Namespace, vocab_size: int
+) -> tuple[Results, str]:
     ours = next(server for server in servers if isinstance(server, Ours))
     results: Results = {row: {} for row in table}
+    for row, name, measured in done:
+        if row in results:
+            results[row].setdefault(name, []).append(measured)
+    first = max((len(runs) for by_name in results.values() for runs in by_name.values()), default=0)  # seeds are fresh
+    rounds = options.rounds
     runs = [(row, server) for row in table for server in servers if _asked(row, server)]
     for server in servers:  # the first request pays for pages that were never touched
         asyncio.run(run(server, Row(1, 0, "none"), -1, vocab_size))
@@ -112,8 +120,9 @@ def _measure(servers: list[Server], table: list[Row], rounds: int, vocab_size: i
         for round_number in range(rounds):
             for row, server in runs:
                 progress.update(task, description=f"{row.title}: {server.name}")
-                measured = asyncio.run(run(server, row, round_number, vocab_size))
+                measured = asyncio.run(run(server, row, first + round_number, vocab_size))
                 results[row].setdefault(server.name, []).append(measured)
+                record.add(options.record, (row, server.name, measured))
                 progress.advance(task)
     after = ours.python_cost()
     loop_s, http_s, steps = (new - old for new, old in zip(after, before, strict=True))
@@ -144,6 +153,8 @@ def _report(results: Results, missing: dict[str, str]) -> tuple[str, str, bool]:
             if ratio < factor:
                 failed.append(f"{row.title} ({ratio:.2f}× {name}, asked {factor:g}×)")
         lines.append(line)
+    counts = {len(runs) for measured in results.values() for runs in measured.values()}
+    lines.append(f"medians of {min(counts)} rounds" if len(counts) == 1 else f"medians of {sorted(counts)} rounds")
     lines += [f"{name} was not measured: {reason}" for name, reason in missing.items()]
     verdict = f"{held} comparisons hold, {len(failed)} do not" + (": " + "; ".join(failed) if failed else "")
     return "\n".join(lines), verdict, not failed and not missing
@@ -153,6 +164,7 @@ def _asked_factors(row: Row, measured: dict[str, list[Measured]]) -> dict[str, f
     """How many times a peer's tokens/s ours must be."""
     factors = {}
     if LlamaServer.name in measured:
+        # A prefix is shared by the streams of one adapter: two of eight where there are four, so less can be saved.
         factors[LlamaServer.name] = 2.0 if row.prefix == "cold" and row.streams == 8 and row.adapters < 2 else 1.0
     if LlamaCppPython.name in measured:
         factors[LlamaCppPython.name] = 4.0

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0010_resources"
-down_revision = "0020_keys"
+revision = "0004"
+down_revision = "0003"
 
 _JSON = sa.JSON(none_as_null=True)
 

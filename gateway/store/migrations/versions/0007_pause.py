@@ -5,8 +5,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0020_pause"
-down_revision = "0020_uploads"
+revision = "0007"
+down_revision = "0006"
 
 
 def upgrade() -> None:

@@ -1,0 +1,150 @@
+"""Adapters that `tunegate models add --adapter` has put into the data folder become models: checked, verified, published.
+
+    DATA/imports/ID/    import.json {"name", "base", "created_at"} · adapter/, as training would have left it
+                        refused.txt: why it is not served; it stays until it is added again or removed
+
+Place in the flow: the command line writes, the running gateway takes up; a name that is imported again is a new version: the
+catalog is flipped in one step, so that a reply is wholly the old one's or wholly the new one's, the old one is unloaded
+when its last reply is over, and its files go with the next start. Its one rule is `publication`'s: no row before an
+engine has verified it. Runs on the gateway's loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from gateway.access import DEFAULT_PROJECT
+from gateway.bases import PreparedBase
+from gateway.engines.adapters import Adapter, AdapterRejected, check_adapter, immutable_name, link_adapter
+from gateway.engines.catalog import Catalog, TunedModel
+from gateway.engines.pool import Pool
+from gateway.errors import TunegateError
+from gateway.jobdir import read_json
+from gateway.jobs.publication import read_bundle
+from gateway.store import models as statements
+from gateway.store.database import Store
+from gateway.store.models import ModelRow
+
+logger = logging.getLogger("tunegate.imports")
+
+WATCH_S = 1.0
+IMPORT_FILE, REFUSED_FILE = "import.json", "refused.txt"
+
+
+@dataclass
+class Imports:
+    """`start()`, and at the end `await stop()`."""
+
+    store: Store
+    folder: Path
+    adapters_dir: Path
+    organization: str
+    catalog: Catalog
+    engines: Callable[[str], Pool]
+    _task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._watch(), name="imported adapters")
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _watch(self) -> None:
+        dropping: set[asyncio.Task[None]] = set()
+        while True:
+            for place in await asyncio.to_thread(_waiting, self.folder):
+                try:
+                    old = await self._take_up(place)
+                except AdapterRejected as error:
+                    await asyncio.to_thread(_refuse, place, error.message)
+                except TunegateError as error:  # its engine is not there yet, say: tried again
+                    logger.info("import %s waits: %s", place.name, error.message)
+                except Exception as error:  # the boundary of one import: it must not end the others
+                    logger.exception("import %s", place.name)
+                    await asyncio.to_thread(_refuse, place, f"{error!r}")
+                else:
+                    if old is not None:
+                        task = asyncio.create_task(self._drop(old), name=f"drop {old.engine_name}")
+                        dropping.add(task)
+                        task.add_done_callback(dropping.discard)
+            await asyncio.sleep(WATCH_S)
+
+    async def _take_up(self, place: Path) -> ModelRow | None:
+        """Publishes one; returns the version that it replaces. AdapterRejected when it may not be served."""
+        asked = await asyncio.to_thread(read_json, place / IMPORT_FILE)
+        name, base_name = str(asked["name"]), str(asked["base"])
+        try:
+            base = self.catalog.base(base_name)
+        except KeyError:
+            if name == base_name:
+                raise AdapterRejected(f"'{name}' is the name of its own base") from None
+            return None  # it may be on its way
+        if not self.catalog.is_tuned(name) and any(
+            served.name == name for served in self.catalog.models(DEFAULT_PROJECT)
+        ):
+            raise AdapterRejected(f"'{name}' is the name of a base or an alias; add it under another --name")
+        old = await self.store.read(lambda connection: statements.select_model(connection, name))
+        if old is not None and old.job_id is not None:
+            raise AdapterRejected(f"'{name}' is the model of the job {old.job_id}; add it under another --name")
+        engine = self.engines(base_name)
+        adapter, row = await asyncio.to_thread(self._keep, place / "adapter", base.prepared, engine, name, base_name)
+        if old is not None and old.adapter_digest == row.adapter_digest:
+            await asyncio.to_thread(shutil.rmtree, place)
+            return None
+        report = await engine.ensure_adapter(adapter)
+        if report is not None and report.warning:
+            logger.warning("%s: %s", name, report.warning)
+        bundle = await asyncio.to_thread(read_bundle, adapter.path / "template", base.bundle)
+        await self.store.write(lambda connection: statements.replace_model(connection, row))
+        self.catalog.publish(TunedModel(name, base_name, bundle, row.engine_name, row.created_at, row.owned_by))
+        await asyncio.to_thread(shutil.rmtree, place)
+        logger.info("%s is served%s", name, "" if old is None else f", in place of {old.engine_name}")
+        return old
+
+    def _keep(
+        self, source: Path, prepared: PreparedBase, engine: Pool, name: str, base: str
+    ) -> tuple[Adapter, ModelRow]:
+        check_adapter(source, prepared.digest, engine.max_lora_rank, gguf=prepared.gguf is not None)
+        digest, path = link_adapter(source, self.adapters_dir)
+        template = str(read_json(path / "manifest.json")["template_digest"])
+        row = ModelRow(
+            name=name,
+            created_at=int(time.time()),
+            base=base,
+            adapter_digest=digest,
+            adapter_path=str(path),
+            engine_name=immutable_name(name, digest),
+            template_digest=template,
+            job_id=None,
+            owned_by=self.organization,
+        )
+        return Adapter(row.engine_name, path, base, digest), row
+
+    async def _drop(self, old: ModelRow) -> None:
+        try:
+            await self.engines(old.base).drop_adapter(old.engine_name)
+        except TunegateError as error:
+            logger.warning("%s is not unloaded: %s", old.engine_name, error.message)
+
+
+def _waiting(folder: Path) -> list[Path]:
+    """Imports that are whole and were not refused, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if (path / IMPORT_FILE).is_file() and not path.name.startswith(".")]
+    return sorted(
+        (path for path in found if not (path / REFUSED_FILE).exists()), key=lambda path: path.stat().st_mtime_ns
+    )
+
+
+def _refuse(place: Path, why: str) -> None:
+    logger.error("the import %s is not served: %s", place.name, why)
+    (place / REFUSED_FILE).write_text(why + "\n")
