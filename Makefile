@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .PHONY: help setup demo serve stop test vllm test-vllm check format lint conformance parity bench-gateway bench-llama
-.PHONY: bench-rendering clean clean-venv
+.PHONY: bench-rendering bench-listing clean clean-venv
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from types import SimpleNamespace
 from typing import Any, cast
 
 import gguf
@@ -22,6 +21,7 @@ from gateway.engines.client import Deadlines
 from gateway.errors import TunegateError
 from gateway.inference import Inference
 from gateway.routes import embeddings
+from gateway.settings import LimitSettings, Settings
 from tests.engines.parts import At, pool_of
 from tests.llama_worker.running import KEY, RunningWorker, running
 from tests.tiny_gguf import Shape, write_tiny_gguf
@@ -71,7 +71,7 @@ async def client(
         )
     app = Starlette(routes=embeddings.routes, exception_handlers={TunegateError: tell})  # type: ignore[dict-item]
     app.state.inference, app.state.catalog = Inference(catalog, 8), catalog
-    app.state.settings = SimpleNamespace(limits=SimpleNamespace(body_bytes=1_000_000))
+    app.state.settings = Settings(limits=LimitSettings(body_bytes=1_000_000))
     transport = httpx.ASGITransport(app)
     async with AsyncOpenAI(
         base_url="http://gateway/v1",

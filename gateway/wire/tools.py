@@ -92,7 +92,8 @@ def _allowed(tools: tuple[dict[str, Any], ...], choice: Any) -> tuple[tuple[dict
             param="tool_choice",
         )
     _check_count(listed, "tool_choice.tools")
-    named = [_function(tool.get("function"), "tool_choice.tools")["name"] for tool in listed if isinstance(tool, dict)]
+    functions = [tool.get("function") if isinstance(tool, dict) else None for tool in listed]
+    named = [_function(function, "tool_choice.tools")["name"] for function in functions]
     known = [tool["function"]["name"] for tool in tools]
     for name in named:
         if name not in known:

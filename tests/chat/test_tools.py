@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from types import SimpleNamespace
 from typing import Any, cast
 
 import openai
@@ -35,6 +34,7 @@ from gateway.engines.client import Deadlines, Endpoint
 from gateway.errors import TunegateError
 from gateway.inference import Inference
 from gateway.routes import chat
+from gateway.settings import LimitSettings, Settings
 from tests.chat.spoken import TOOLS, Reply, write_call
 from tests.engines.parts import pool_of
 from tests.tiny_tokenizers import byte_level
@@ -208,7 +208,7 @@ class House:
         app = Starlette(routes=chat.routes, exception_handlers={TunegateError: tell})  # type: ignore[dict-item]
         self._catalog = catalog = Catalog(Deadlines(5, 5))
         app.state.inference, app.state.catalog = Inference(catalog, 64), catalog
-        app.state.settings = SimpleNamespace(limits=SimpleNamespace(body_bytes=1_000_000))
+        app.state.settings = Settings(limits=LimitSettings(body_bytes=1_000_000))
         for name, engine in self.engines.items():
             catalog.add_base(
                 Base(str(name), engine.bundle, pool_of(engine, name=str(name)), str(name), 8192, 1, cast(Any, None))

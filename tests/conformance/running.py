@@ -26,6 +26,9 @@ SETTINGS = """
 default_model = "tunegate-demo"
 ignored_fields = [{ignored}]
 
+[jobs]
+parallel = 0  # they are created, listed, paused and cancelled, and nothing is trained
+
 [bases.tunegate-demo]
 path = "{demo}"
 
