@@ -26,6 +26,9 @@ SETTINGS = """
 default_model = "tunegate-demo"
 ignored_fields = [{ignored}]
 
+[jobs]
+parallel = 0 # no job is run: the seeded one can be paused, resumed and cancelled again and again
+
 [bases.tunegate-demo]
 path = "{demo}"
 
