@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,11 +13,11 @@ import pytest
 
 from gateway.bases import PreparedBase
 from gateway.engines.adapters import Adapter, AdapterRejected, check_adapter
-from gateway.engines.engine import Engine, Standing
+from gateway.engines.engine import Engine
 from gateway.engines.kinds import remote_engine
 from gateway.engines.process import Timings
 from gateway.engines.witness import WitnessMismatch, verify
-from gateway.jobdir import process_start_time, read_json
+from gateway.jobdir import read_json
 from tests.engines.parts import control_of, until, write_manifest_again
 from tests.vllm.made_adapters import make_adapters
 from tests.vllm.starting import ask
@@ -185,22 +183,6 @@ async def test_it_sleeps_and_is_woken(engine: Engine) -> None:
     assert await greedy(engine, "own")
 
 
-async def test_a_killed_vllm_leaves_nothing_behind_and_comes_back_with_its_adapters(
-    engine: Engine, adapters: Sequence[Adapter]
-) -> None:
-    pid, key = engine.pid, engine.endpoint.key
-    assert pid is not None and engine.serves(adapters[0].engine_name)
-    family = [member for member in session(pid) if member != pid]
-    assert family, "vLLM's engine is a process of its own"
-    os.kill(pid, signal.SIGKILL)
-    await until(lambda: not engine.ready, 5)
-    await until(lambda: not any(process_start_time(member) for member in family), 20)
-    await engine.wait_ready(280)
-    assert engine.pid != pid and engine.endpoint.key != key
-    assert [engine.adapters[adapter.engine_name].standing for adapter in adapters[:2]] == [Standing.SERVED] * 2
-    assert agreement(await greedy(engine, adapters[0].engine_name), await greedy(engine, "own")) < 1
-
-
 def command_line(engine: Engine) -> list[str]:
     return Path(f"/proc/{engine.pid}/cmdline").read_text().split("\0")
 
@@ -208,17 +190,6 @@ def command_line(engine: Engine) -> list[str]:
 def engine_folder(engine: Engine) -> str:
     argv = command_line(engine)
     return argv[argv.index("-X") + 1].partition("=")[2]
-
-
-def session(leader: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and os.getsid(int(entry.name)) == leader:
-                found.append(int(entry.name))
-        except ProcessLookupError:
-            continue
-    return found
 
 
 def spoil(adapter: Adapter, folder: Path, config: dict[str, object]) -> Adapter:

@@ -14,6 +14,7 @@ import httpx
 import pytest
 from openai import APIError, APIStatusError, AsyncOpenAI
 
+from gateway.jobdir import process_start_time
 from tests.e2e import training
 from tests.server import Server
 from tests.vllm.starting import ask, replicas
@@ -77,6 +78,9 @@ async def test_one_of_two_is_killed_under_load_and_nobody_fails_who_had_not_begu
         assert outcomes["whole"] or not outcomes, outcomes
         record = folder / "spawn.json"
         pid = json.loads(record.read_bytes())["pid"]
+        family = [member for member in session(pid) if member != pid]
+        assert family, "vLLM's engine is a process of its own"
+        key = (folder / "key").read_text()
         os.kill(pid, signal.SIGKILL)
         await asyncio.sleep(5)
         over.set()
@@ -86,6 +90,8 @@ async def test_one_of_two_is_killed_under_load_and_nobody_fails_who_had_not_begu
     assert outcomes["whole"] >= CLIENTS
     assert broken <= CLIENTS, "only those that the dead one was answering"
     await until_served(server, tuned["vicuna"], 2, not_pid=pid)
+    assert not any(process_start_time(member) for member in family), "nothing of it is left"
+    assert (folder / "key").read_text() != key
 
 
 async def test_a_killed_gateways_engines_are_taken_over_with_their_adapters(
@@ -125,3 +131,14 @@ async def until_served(server: Server, model: str, count: int, not_pid: int = 0,
 
 def pids(folder: Path) -> list[int]:
     return [json.loads(record.read_bytes())["pid"] for record in sorted(folder.glob("**/spawn.json"))]
+
+
+def session(leader: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and os.getsid(int(entry.name)) == leader:
+                found.append(int(entry.name))
+        except ProcessLookupError:
+            continue
+    return found
