@@ -205,7 +205,6 @@ def _rows(connection: Connection, file_id: str) -> dict[str, list[dict[str, obje
                 "engine_name": "nobody",
                 "template_digest": "sha256:" + "0" * 64,
                 "owned_by": "seeded",
-<<<<<<< HEAD
                 "deleted_at": deleted_at,  # no engine serves them, so one can only be deleted again
             }
             for name, deleted_at in (
@@ -222,23 +221,6 @@ def _rows(connection: Connection, file_id: str) -> dict[str, list[dict[str, obje
                 "project_id": "proj_seeded",
             }
             for model in ("ft:gpt-4o-mini-2024-07-18:org:weather:B7R9VjQd",)
-=======
-                "deleted_at": deleted_at,
-            }
-            for name, deleted_at in (
-                ("ft:gpt-4o-mini:acemeco:suffix:abc123", CREATED_AT),
-                ("ft:gpt-4o-mini-2024-07-18:org:weather:B7R9VjQd", None),
-                ("ft-AF1WoRqd3aJAHsqc9NY7iL8F", None),
-            )
-        ],
-        "permissions": [
-            {
-                "id": "cp_zc4Q7MP6XxulcVzj4MZdwsAB",
-                "created_at": CREATED_AT,
-                "model": "ft:gpt-4o-mini-2024-07-18:org:weather:B7R9VjQd",
-                "project_id": "another",
-            }
->>>>>>> w7b
         ],
         "files": [{**uploaded, "id": name, "purpose": purpose} for name, purpose in purposes.items()],
         "jobs": [
@@ -250,13 +232,8 @@ def _rows(connection: Connection, file_id: str) -> dict[str, list[dict[str, obje
                 "training_file": "file-abc123",
                 "seed": 42,
                 "hyperparameters": {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"},
-<<<<<<< HEAD
                 "status": "queued",  # so it may be paused, resumed and cancelled
                 "pause": "paused",
-=======
-                "status": "queued",
-                "pause": "paused",  # nobody starts it, and it can be paused, resumed and cancelled
->>>>>>> w7b
             }
         ],
     }
