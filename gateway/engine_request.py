@@ -111,8 +111,8 @@ def engine_body(
 
 
 def structured_field(structured: Structured, base: str, told: Mapping[str, Any]) -> dict[str, Any]:
-    """`structured_outputs` of the dialect. RequestError where the engine has told (/version) that it cannot do this."""
-    if "structured_outputs" in told and structured.kind not in (told["structured_outputs"] or ()):
+    """`structured_outputs` of the dialect. RequestError where an engine that tells of itself does not tell of this."""
+    if told and structured.kind not in (told.get("structured_outputs") or ()):
         raise RequestError(
             f"'{structured.param}': the engine of '{base}' cannot hold a reply to {structured.kind}; leave it out, "
             "or restart the engine if it is older than this server",
