@@ -171,6 +171,7 @@ async def test_a_reply_whose_client_left_is_ended_within_a_second_also_before_it
         waiting = asyncio.create_task(client.post(url, json=body))
         await until_it_has(engine, (MAX_SEQS, 1), 5)
         waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)  # its socket is closed
         await until_it_has(engine, (MAX_SEQS, 0), 1)
     await until_it_has(engine, (0, 0), 1)
 
