@@ -144,8 +144,8 @@ class Responses:
 
         The last one always comes, so that a client which saw more than is told anew learns how it ended.
         """
+        running = self._running.get(response_id)  # before the row: what is over by then is stored
         row = await self.find(response_id, caller)
-        running = self._running.get(response_id)
         if running is None or not row.is_open:
             told = replay(row.body)
             return _at_once([event for event in told if event["sequence_number"] > starting_after] or told[-1:])
@@ -293,8 +293,11 @@ class Answer:
 
     def __init__(self, responses: Responses, asked: _Asked, generation: Generation) -> None:
         self._responses, self._asked, self._generation = responses, asked, generation
+        self._left = False
 
     def cancel(self) -> None:
+        """Nobody listens any more."""
+        self._left = True
         self._generation.cancel()
 
     async def whole(self) -> dict[str, Any]:
@@ -311,7 +314,10 @@ class Answer:
         return response
 
     async def events(self) -> AsyncIterator[list[Event]]:
-        """What came at once, together. A failure is the last event; one that was cancelled ends without a last one."""
+        """What came at once, together. A failure is the last event; one that was cancelled ends without a last one.
+
+        What was said until then is kept in each case.
+        """
         write, asked = EventWriter(), self._asked
         begun = asked.object("in_progress")
         yield write.told("created", begun) + write.told("in_progress", begun)
@@ -325,9 +331,13 @@ class Answer:
                 if events:
                     yield events
         except TunegateError as error:
+            events = write.break_off()
+            if self._left:
+                await self._responses.keep(asked, asked.object("cancelled", output=write.output))
+                return
             failed = asked.object("failed", output=write.output, error=_failure(error))
             if await self._responses.keep(asked, failed):
-                yield write.told("failed", failed)
+                yield events + write.told("failed", failed)
             return
         events = write.finish(whole=reason != "length")
         response = self._ended(write, reason)
