@@ -40,6 +40,7 @@ from gateway.keys import Keyring
 from gateway.metering import Meter
 from gateway.metrics import RequestMetrics
 from gateway.models import added_names, is_added
+from gateway.patience import PATIENCE_S
 from gateway.responses import Responses
 from gateway.settings import LLAMA_SEQS, BaseSettings, Settings, changed_names
 from gateway.store import models as model_statements
@@ -115,7 +116,8 @@ class House:
             self._metrics = start_http_server(self.settings.metrics_port, METRICS_HOST, self.registry)
         self.residents.start()
         self.responses = Responses(self.store, self.inference)
-        self.evals = EvalRunner(self.store, self.blobs, self.inference, self.graders)
+        patient_graders = Graders(self.inference, patience_s=PATIENCE_S)
+        self.evals = EvalRunner(self.store, self.blobs, self.inference, patient_graders)
         for name, base in self.settings.bases.items():
             if base.path is not None:
                 self._begin(name, base)

@@ -17,7 +17,6 @@ from gateway.access import Caller
 from gateway.chat.conversation import Message
 from gateway.errors import (
     ContextLengthExceeded,
-    EngineUnavailable,
     NotFound,
     RateLimited,
     RequestError,
@@ -25,6 +24,7 @@ from gateway.errors import (
     TunegateError,
 )
 from gateway.inference import Generation, Inference
+from gateway.patience import ask_patiently
 from gateway.replies import Reply, logprob_entries, usage_of
 from gateway.store import responses as statements
 from gateway.store.database import Store
@@ -40,7 +40,6 @@ logger = logging.getLogger("tunegate.responses")
 AT_ONCE = 4  # in the background
 WAITING = 1000
 KEPT_S = 30 * 86400.0
-PATIENCE_S = 600.0  # how long one in the background waits for its engine
 _SUMMARY_TOKENS = 1024
 _SUMMARISE = (
     "Write a summary of the conversation so far, so that it can be continued from the summary alone: what was asked, what "
@@ -244,7 +243,7 @@ class Responses:
                 try:
                     request = wire.parse(row.request)
                     asked = await self._asked(row.id, row.created_at, request, caller)
-                    generation = await self._patiently(asked)
+                    generation = await ask_patiently(lambda: self._generate(asked))
                 except TunegateError as error:
                     failed = row.body | {"status": "failed", "error": _failure(error)}
                     await self._store.write(lambda c: statements.finish_response(c, row.id, "failed", failed))
@@ -262,18 +261,6 @@ class Responses:
             running.close()
             if self._running.get(row.id) is running:
                 del self._running[row.id]
-
-    async def _patiently(self, asked: _Asked) -> Generation:
-        """Nobody waits at the other end: an engine that is busy or on its way is waited for."""
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                return await self._generate(asked)
-            except (RateLimited, EngineUnavailable) as error:
-                pause_s = error.retry_after_s or 1
-                if time.monotonic() + pause_s > deadline:
-                    raise
-                await asyncio.sleep(pause_s)
 
     def _end(self, response_id: str) -> None:
         running = self._running.pop(response_id, None)

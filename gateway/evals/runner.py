@@ -15,11 +15,12 @@ from functools import partial
 from typing import Any
 
 from gateway.access import Caller
-from gateway.errors import EngineUnavailable, RateLimited, RequestError, StoreUnavailable, TunegateError
+from gateway.errors import RequestError, StoreUnavailable, TunegateError
 from gateway.evals.data import Row, read_rows
 from gateway.grading.graders import Graders, add_usage, sample_of
 from gateway.grading.placeholders import UnknownVariable, fill, look_up
 from gateway.inference import Generation, Inference
+from gateway.patience import ask_patiently
 from gateway.replies import Reply, usage_of
 from gateway.store import evals as statements
 from gateway.store.blobs import Blobs
@@ -35,7 +36,7 @@ logger = logging.getLogger("tunegate.evals")
 
 RUNS_AT_ONCE = 2
 LINES_AT_ONCE = 4  # of one run
-PATIENCE_S = 600.0  # how long a line waits for its engine
+PAUSE_S = 1.0  # before a store that could not serve is asked again
 
 
 @dataclass
@@ -79,16 +80,24 @@ class EvalRunner:
             task.cancel()
 
     async def _drive(self, run: EvalRun, caller: Caller) -> None:
-        try:
-            async with self._slots:
-                await self._run(run, caller)
-        except StoreUnavailable as error:
-            logger.error("the eval run %s waits for the next start: %s", run.id, error.message)
-        except Exception:
-            logger.exception("the eval run %s broke off", run.id)
-            await self._finish(
-                run, "failed", {"code": "server_error", "message": "the server failed; its log says more"}
-            )
+        """One run to its end, through whatever the store does in between."""
+        async with self._slots:
+            broken: dict[str, str] | None = None
+            while True:
+                try:
+                    if broken is None:
+                        await self._run(run, caller)
+                    else:
+                        await self._finish(run, "failed", broken)
+                    return
+                except StoreUnavailable as error:
+                    logger.warning("eval run %s waits: %s", run.id, error.message)
+                    await asyncio.sleep(PAUSE_S)
+                except Exception:
+                    if broken is not None:
+                        raise
+                    logger.exception("the eval run %s broke off", run.id)
+                    broken = {"code": "server_error", "message": "the server failed; its log says more"}
 
     async def _run(self, run: EvalRun, caller: Caller) -> None:
         made = await self._store.read(lambda c: statements.select_eval(c, run.eval_id, run.project_id))
@@ -110,9 +119,12 @@ class EvalRunner:
                 if not await self._store.write(partial(statements.insert_item, item=item)):
                     return
 
-        async with asyncio.TaskGroup() as group:
-            for _ in range(LINES_AT_ONCE):
-                group.create_task(work())
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(LINES_AT_ONCE):
+                    group.create_task(work())
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from failures
         await self._finish(run, "completed")
 
     async def _finish(self, run: EvalRun, status: statements.RunStatus, error: dict[str, str] | None = None) -> None:
@@ -179,7 +191,7 @@ class EvalRunner:
         source = run.data_source
         messages = _messages(source.get("input_messages"), row)
         asked = wire.parse_asked(source, messages)
-        generation = await self._patiently(asked, caller)
+        generation = await ask_patiently(lambda: self._ask(asked, caller))
         reply = Reply()
         async for deltas in generation.deltas():
             for delta in deltas:
@@ -200,27 +212,18 @@ class EvalRunner:
         sample = sample_of(text) | {"output_tools": calls, "model": run.model, "finish_reason": reply.finish_reason}
         return _Sampled(sample, shown, {run.model: usage})
 
-    async def _patiently(self, asked: Any, caller: Caller) -> Generation:
-        """Nobody waits for a line: an engine that is busy or on its way is waited for."""
+    async def _ask(self, asked: Any, caller: Caller) -> Generation:
         messages = asked.messages if isinstance(asked, ChatRequest) else to_messages(asked.items)
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                return await self._inference.chat(
-                    asked.model,
-                    messages,
-                    asked.sampling,
-                    caller=caller,
-                    stream=False,
-                    tool_use=asked.tools.use,
-                    options=asked.options or None,
-                    arguments=asked.tools.arguments,
-                )
-            except (RateLimited, EngineUnavailable) as error:
-                pause_s = error.retry_after_s or 1
-                if time.monotonic() + pause_s > deadline:
-                    raise
-                await asyncio.sleep(pause_s)
+        return await self._inference.chat(
+            asked.model,
+            messages,
+            asked.sampling,
+            caller=caller,
+            stream=False,
+            tool_use=asked.tools.use,
+            options=asked.options or None,
+            arguments=asked.tools.arguments,
+        )
 
 
 def _messages(template: Mapping[str, Any] | None, row: Row) -> list[dict[str, Any]]:
