@@ -18,7 +18,7 @@ from gateway.access import Caller
 from gateway.errors import RequestError, StoreUnavailable, TunegateError
 from gateway.evals.data import Row, read_rows
 from gateway.grading.graders import Graders, add_usage, sample_of
-from gateway.grading.placeholders import UnknownVariable, fill, look_up
+from gateway.grading.placeholders import FillError, fill_all, look_up
 from gateway.inference import Generation, Inference
 from gateway.patience import ask_patiently
 from gateway.replies import Reply, usage_of
@@ -139,7 +139,7 @@ class EvalRunner:
         results: list[dict[str, Any]] = []
         try:
             sampled = await self._sample(run, row, caller)
-        except (TunegateError, UnknownVariable) as error:
+        except (TunegateError, FillError) as error:
             message = error.message if isinstance(error, TunegateError) else str(error)
             failure = {"code": "sampling_failed", "message": message}
             sampled = _Sampled({}, wire.sample_object(model=run.model, error=failure))
@@ -227,13 +227,12 @@ class EvalRunner:
 
 
 def _messages(template: Mapping[str, Any] | None, row: Row) -> list[dict[str, Any]]:
-    """What the model is asked for a line. Raises UnknownVariable, RequestError."""
+    """What the model is asked for a line. Raises FillError, RequestError."""
     variables = {"item": row["item"], "sample": row["sample"] or {}}
     if template is not None and template["type"] == "template":
-        return [
-            {"role": message["role"], "content": fill(input_text(message["content"]), variables)}
-            for message in template["template"]
-        ]
+        asked = template["template"]
+        texts = fill_all((input_text(message["content"]) for message in asked), variables)
+        return [{"role": message["role"], "content": text} for message, text in zip(asked, texts, strict=True)]
     found = row["item"].get("input") if template is None else look_up(template["item_reference"], variables)
     if isinstance(found, str):
         return [{"role": "user", "content": found}]

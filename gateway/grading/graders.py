@@ -18,7 +18,7 @@ from gateway.access import Caller
 from gateway.chat.conversation import ROLES, Message
 from gateway.errors import EngineError, RateLimited
 from gateway.grading.formula import FormulaError, evaluate, parse_formula
-from gateway.grading.placeholders import UnknownVariable, fill
+from gateway.grading.placeholders import FillError, UnknownVariable, fill, fill_all
 from gateway.grading.similarity import TooLong, cosine, similarity
 from gateway.inference import Inference
 from gateway.patience import ask_patiently
@@ -71,7 +71,7 @@ class Graders:
                     await self._combine(grader, item, sample, graded, caller)
         except UnknownVariable as error:
             graded.fail("invalid_variable_error", str(error))
-        except TooLong as error:
+        except (FillError, TooLong) as error:
             graded.fail("other_error", str(error))
         except (EngineError, RateLimited) as error:
             graded.fail("model_grader_server_error", error.message)
@@ -166,8 +166,9 @@ class Graders:
 
 
 def messages_of(template: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> list[Message]:
-    """A template's messages with their placeholders filled in. Raises UnknownVariable."""
-    return [Message(ROLES[message["role"]], fill(input_text(message["content"]), variables)) for message in template]
+    """A template's messages with their placeholders filled in. Raises FillError."""
+    texts = fill_all((input_text(message["content"]) for message in template), variables)
+    return [Message(ROLES[message["role"]], text) for message, text in zip(template, texts, strict=True)]
 
 
 def sample_of(text: str) -> dict[str, Any]:
