@@ -64,8 +64,9 @@ class _Asked:
 class Responses:
     """Creates, runs and finds them. Holds those that run in the background; all else is in the store."""
 
-    def __init__(self, store: Store, inference: Inference) -> None:
-        self._store, self._inference = store, inference
+    def __init__(self, store: Store, inference: Inference, started: asyncio.Event) -> None:
+        """`started`: the models that there are can be asked; none fails because its model is not there yet."""
+        self._store, self._inference, self._started = store, inference, started
         self._running: dict[str, _Running] = {}
         self._slots = asyncio.Semaphore(AT_ONCE)
         self._swept_at = 0.0
@@ -236,6 +237,7 @@ class Responses:
 
     async def _run(self, row: ResponseRow, running: _Running, caller: Caller) -> None:
         try:
+            await self._started.wait()
             async with self._slots:
                 body = row.body | {"status": "in_progress"}
                 if not await self._store.write(lambda c: statements.begin_response(c, row.id, body)):

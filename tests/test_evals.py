@@ -37,7 +37,8 @@ CHECK = {
 async def test_a_store_that_cannot_serve_for_a_moment_fails_no_run_and_loses_no_line(tmp_path: Path) -> None:
     store = Store.open(tmp_path / "tunegate.db", busy_timeout_s=0.05)
     inference = Inference(Catalog(Deadlines(1, 1)), 8)
-    runner = EvalRunner(store, Blobs(tmp_path / "blobs"), inference, Graders(inference))
+    started = asyncio.Event()
+    runner = EvalRunner(store, Blobs(tmp_path / "blobs"), inference, Graders(inference), started)
     content = [{"item": {}, "sample": {"output_text": "x"}} for _ in range(N_LINES)]
     source = {"type": "jsonl", "source": {"type": "file_content", "content": content}}
     made = Eval("eval_1", "default", 1, 1, "e", {}, [CHECK], None)
@@ -46,6 +47,10 @@ async def test_a_store_that_cannot_serve_for_a_moment_fails_no_run_and_loses_no_
     await store.write(lambda c: statements.insert_run(c, run))
     intruder = sqlite3.connect(tmp_path / "tunegate.db", isolation_level=None)
     runner.begin(run, Caller())
+    await asyncio.sleep(0.1)
+    waiting = await store.read(statements.select_open_runs)
+    assert [one.status for one in waiting] == ["queued"], "the models may not be there yet"
+    started.set()
     while not await store.read(lambda c: statements.select_numbers(c, "run_1")):
         pass
     intruder.execute("BEGIN IMMEDIATE")

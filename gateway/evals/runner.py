@@ -51,8 +51,12 @@ class _Sampled:
 class EvalRunner:
     """Drives the runs; all that lasts is in the store."""
 
-    def __init__(self, store: Store, blobs: Blobs, inference: Inference, graders: Graders) -> None:
+    def __init__(
+        self, store: Store, blobs: Blobs, inference: Inference, graders: Graders, started: asyncio.Event
+    ) -> None:
+        """`started`: the models that there are can be asked; no line fails because its model is not there yet."""
         self._store, self._blobs, self._inference, self._graders = store, blobs, inference, graders
+        self._started = started
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(RUNS_AT_ONCE)
 
@@ -81,6 +85,7 @@ class EvalRunner:
 
     async def _drive(self, run: EvalRun, caller: Caller) -> None:
         """One run to its end, through whatever the store does in between."""
+        await self._started.wait()
         async with self._slots:
             broken: dict[str, str] | None = None
             while True:
