@@ -13,7 +13,7 @@ from gateway.access import Caller
 from gateway.engines.catalog import Catalog
 from gateway.engines.client import Deadlines
 from gateway.errors import EngineUnavailable, RateLimited
-from gateway.evals.runner import EvalRunner
+from gateway.evals.runner import WAITING, EvalRunner
 from gateway.grading.graders import Graders
 from gateway.inference import Inference
 from gateway.patience import ask_patiently
@@ -63,6 +63,19 @@ async def test_a_store_that_cannot_serve_for_a_moment_fails_no_run_and_loses_no_
     found = await store.read(lambda c: statements.select_run(c, "eval_1", "run_1", "default"))
     assert found is not None and found.status == "completed" and found.summary is not None
     assert found.summary["result_counts"]["passed"] == N_LINES
+    await runner.stop()
+    store.close()
+
+
+async def test_no_more_runs_are_taken_than_may_wait(tmp_path: Path) -> None:
+    store = Store.open(tmp_path / "tunegate.db")
+    inference = Inference(Catalog(Deadlines(1, 1)), 8)
+    runner = EvalRunner(store, Blobs(tmp_path / "blobs"), inference, Graders(inference), asyncio.Event())
+    for number in range(WAITING):
+        runner.require_place()
+        runner.begin(EvalRun(f"run_{number}", "default", 1, "eval_1", "r", "", {}, None, "queued"), Caller())
+    with pytest.raises(RateLimited):
+        runner.require_place()
     await runner.stop()
     store.close()
 

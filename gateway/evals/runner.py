@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from gateway.access import Caller
-from gateway.errors import RequestError, StoreUnavailable, TunegateError
+from gateway.errors import RateLimited, RequestError, StoreUnavailable, TunegateError
 from gateway.evals.data import Row, read_rows
 from gateway.grading.graders import Graders, add_usage, sample_of
 from gateway.grading.placeholders import FillError, fill_all, look_up
@@ -35,6 +35,7 @@ from gateway.wire.response_items import to_messages
 logger = logging.getLogger("tunegate.evals")
 
 RUNS_AT_ONCE = 2
+WAITING = 1000
 LINES_AT_ONCE = 4  # of one run
 PAUSE_S = 1.0  # before a store that could not serve is asked again
 
@@ -71,6 +72,11 @@ class EvalRunner:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def require_place(self) -> None:
+        """Raises RateLimited where too many runs wait already."""
+        if len(self._tasks) >= WAITING:
+            raise RateLimited(f"{WAITING} eval runs are not over; try again later", retry_after_s=30)
 
     def begin(self, run: EvalRun, caller: Caller) -> None:
         """Drives a run that is stored."""

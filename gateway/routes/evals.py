@@ -86,6 +86,7 @@ async def create_run(request: Request) -> Response:
     """What is answered is stored, and runs whatever happens to this process."""
     state, eval_id, caller = request.app.state, request.path_params["eval_id"], caller_of(request.scope)
     asked = wire.parse_run(await read_json(request, state.settings.limits.body_bytes))
+    _runner(request).require_place()
     run_id = new_id("evalrun_")
     run = EvalRun(
         id=run_id,
