@@ -56,6 +56,11 @@ def test_a_text_that_would_take_too_long_is_refused() -> None:
         similarity("meteor", "a " * 3000, CAT)
     with pytest.raises(TooLong):
         similarity("bleu", "a" * 200_000, CAT)
+    with pytest.raises(TooLong):
+        similarity("fuzzy_match", "a" * 30_000, "b" * 30_000)
+    with pytest.raises(TooLong):
+        similarity("fuzzy_match", "a" * 10_000, "b" * 5_000)
+    assert similarity("fuzzy_match", "a" * 10_000, "a" * 9_000) > 0.9
 
 
 def test_a_formula_is_arithmetic_over_scores() -> None:
