@@ -168,25 +168,27 @@ class Front:
 
     def _check_origin(self, host: bytes, origin: bytes, n_hosts: int) -> None:
         """A page in a browser must not reach a server on its visitor's own machine, under whatever name it found it."""
-        if n_hosts > 1 or not self._is_ours(host):
+        name = _name_of(host)
+        # Who rebinds a name comes under a name: an address cannot be rebound.
+        if n_hosts > 1 or not (self._is_ours(name) or (not self._local and _is_address(name))):
             names = b", ".join([b"localhost", b"127.0.0.1", *sorted(self._hosts)]).decode("latin-1")
             raise Misdirected(
                 f"the Host header is {host[:100].decode('latin-1')!r}; this server answers as {names} only (`hosts` in the "
                 "settings names others)"
             )
-        if origin and not self._is_ours(origin.partition(b"://")[2]):
+        if not origin:
+            return
+        shown_by = _name_of(origin.partition(b"://")[2])
+        # An address is anybody's: a page's may be no other than the one that this server was reached at.
+        if not (self._is_ours(shown_by) or (shown_by == name and _is_address(name))):
             raise Forbidden(f"requests from the origin {origin[:100].decode('latin-1')!r} are refused")
 
-    def _is_ours(self, authority: bytes) -> bool:
-        name = authority.rpartition(b":")[0] if authority[-1:].isdigit() and b":" in authority else authority
-        if name in (b"localhost", b"[::1]") or (
-            name.startswith(b"127.") and name.count(b".") == 3 and name.replace(b".", b"").isdigit()
-        ):
-            return True
-        if name in self._hosts:
-            return True
-        # Who rebinds a name comes under a name: an address cannot be rebound.
-        return not self._local and _is_address(name)
+    def _is_ours(self, name: bytes) -> bool:
+        return (
+            name in (b"localhost", b"[::1]")
+            or (name.startswith(b"127.") and name.count(b".") == 3 and name.replace(b".", b"").isdigit())
+            or name in self._hosts
+        )
 
 
 def resource_of(path: str) -> str:
@@ -218,6 +220,12 @@ async def _end_revoked(status: int, events: bool, scope: Scope, receive: Receive
         await error_response(error)(scope, receive, send)
     elif events:
         await send({"type": "http.response.body", "body": b"data: " + orjson.dumps(error.body()) + b"\n\n"})
+
+
+def _name_of(authority: bytes) -> bytes:
+    """Without the port, in lower case."""
+    name = authority.rpartition(b":")[0] if authority[-1:].isdigit() and b":" in authority else authority
+    return name.lower()
 
 
 def _is_address(name: bytes) -> bool:

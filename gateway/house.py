@@ -40,6 +40,7 @@ from gateway.keys import Keyring
 from gateway.metering import Meter
 from gateway.metrics import RequestMetrics
 from gateway.models import added_names, is_added
+from gateway.patience import PATIENCE_S
 from gateway.responses import Responses
 from gateway.settings import LLAMA_SEQS, BaseSettings, Settings, changed_names
 from gateway.store import models as model_statements
@@ -83,6 +84,8 @@ class House:
         self._metrics: tuple[WSGIServer, Thread] | None = None
         self._bundles: dict[str, Bundle] = {}
         self._starting: dict[str, asyncio.Task[None]] = {}
+        self._added_are_known = asyncio.Event()
+        self._started = asyncio.Event()  # every base that was there at the start is served, or cannot be
 
     async def __aenter__(self) -> Self:
         self.store = await asyncio.to_thread(Store.open, self.data_dir.database)
@@ -94,7 +97,7 @@ class House:
             self.blobs,
             self.keyring.caller_with,
             lambda: self.inference.live,
-            lambda: not self.starting(),
+            self._started.is_set,
             lines_at_once=self.settings.limits.batch_lines,
             max_line_bytes=self.settings.limits.body_bytes,
         )
@@ -114,12 +117,14 @@ class House:
         if self.settings.metrics_port is not None:
             self._metrics = start_http_server(self.settings.metrics_port, METRICS_HOST, self.registry)
         self.residents.start()
-        self.responses = Responses(self.store, self.inference)
-        self.evals = EvalRunner(self.store, self.blobs, self.inference, self.graders)
+        self.responses = Responses(self.store, self.inference, self._started)
+        patient_graders = Graders(self.inference, patience_s=PATIENCE_S)
+        self.evals = EvalRunner(self.store, self.blobs, self.inference, patient_graders, self._started)
         for name, base in self.settings.bases.items():
             if base.path is not None:
                 self._begin(name, base)
         self._watching = asyncio.create_task(self._watch_added(), name="added models")
+        self._telling = asyncio.create_task(self._tell_started(), name="started")
         self._metering = asyncio.create_task(self.meter.run(self.store), name="usage")
         await self.supervisor.start()
         await self.responses.start()
@@ -138,7 +143,7 @@ class House:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        starting = [self._watching, *self._starting.values()]
+        starting = [self._watching, self._telling, *self._starting.values()]
         for task in starting:
             task.cancel()
         await asyncio.gather(*starting, return_exceptions=True)
@@ -191,6 +196,12 @@ class House:
         for base in self.catalog.bases:
             self.residents.resize(base.name, self.fleet.memory_bytes(base.name))
         logger.info("[[engines]] is as the settings have it now")
+
+    async def _tell_started(self) -> None:
+        await self._added_are_known.wait()
+        if self._starting:
+            await asyncio.wait(self._starting.values())
+        self._started.set()
 
     def _begin(self, name: str, settings: BaseSettings) -> None:
         self._starting[name] = asyncio.create_task(self._start_base(name, settings), name=f"start {name}")
@@ -271,6 +282,7 @@ class House:
                 if name not in served and settings.path is None:
                     served[name] = mark
                     self._begin(name, settings)
+            self._added_are_known.set()
             await asyncio.sleep(WATCH_S)
 
     async def _forget(self, name: str) -> None:

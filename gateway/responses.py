@@ -17,7 +17,6 @@ from gateway.access import Caller
 from gateway.chat.conversation import Message
 from gateway.errors import (
     ContextLengthExceeded,
-    EngineUnavailable,
     NotFound,
     RateLimited,
     RequestError,
@@ -25,6 +24,7 @@ from gateway.errors import (
     TunegateError,
 )
 from gateway.inference import Generation, Inference
+from gateway.patience import ask_patiently
 from gateway.replies import Reply, logprob_entries, usage_of
 from gateway.store import responses as statements
 from gateway.store.database import Store
@@ -40,7 +40,6 @@ logger = logging.getLogger("tunegate.responses")
 AT_ONCE = 4  # in the background
 WAITING = 1000
 KEPT_S = 30 * 86400.0
-PATIENCE_S = 600.0  # how long one in the background waits for its engine
 _SUMMARY_TOKENS = 1024
 _SUMMARISE = (
     "Write a summary of the conversation so far, so that it can be continued from the summary alone: what was asked, what "
@@ -65,8 +64,9 @@ class _Asked:
 class Responses:
     """Creates, runs and finds them. Holds those that run in the background; all else is in the store."""
 
-    def __init__(self, store: Store, inference: Inference) -> None:
-        self._store, self._inference = store, inference
+    def __init__(self, store: Store, inference: Inference, started: asyncio.Event) -> None:
+        """`started`: the models that there are can be asked; none fails because its model is not there yet."""
+        self._store, self._inference, self._started = store, inference, started
         self._running: dict[str, _Running] = {}
         self._slots = asyncio.Semaphore(AT_ONCE)
         self._swept_at = 0.0
@@ -144,8 +144,8 @@ class Responses:
 
         The last one always comes, so that a client which saw more than is told anew learns how it ended.
         """
+        running = self._running.get(response_id)  # before the row: what is over by then is stored
         row = await self.find(response_id, caller)
-        running = self._running.get(response_id)
         if running is None or not row.is_open:
             told = replay(row.body)
             return _at_once([event for event in told if event["sequence_number"] > starting_after] or told[-1:])
@@ -237,6 +237,7 @@ class Responses:
 
     async def _run(self, row: ResponseRow, running: _Running, caller: Caller) -> None:
         try:
+            await self._started.wait()
             async with self._slots:
                 body = row.body | {"status": "in_progress"}
                 if not await self._store.write(lambda c: statements.begin_response(c, row.id, body)):
@@ -244,7 +245,7 @@ class Responses:
                 try:
                     request = wire.parse(row.request)
                     asked = await self._asked(row.id, row.created_at, request, caller)
-                    generation = await self._patiently(asked)
+                    generation = await ask_patiently(lambda: self._generate(asked))
                 except TunegateError as error:
                     failed = row.body | {"status": "failed", "error": _failure(error)}
                     await self._store.write(lambda c: statements.finish_response(c, row.id, "failed", failed))
@@ -262,18 +263,6 @@ class Responses:
             running.close()
             if self._running.get(row.id) is running:
                 del self._running[row.id]
-
-    async def _patiently(self, asked: _Asked) -> Generation:
-        """Nobody waits at the other end: an engine that is busy or on its way is waited for."""
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                return await self._generate(asked)
-            except (RateLimited, EngineUnavailable) as error:
-                pause_s = error.retry_after_s or 1
-                if time.monotonic() + pause_s > deadline:
-                    raise
-                await asyncio.sleep(pause_s)
 
     def _end(self, response_id: str) -> None:
         running = self._running.pop(response_id, None)
@@ -293,8 +282,11 @@ class Answer:
 
     def __init__(self, responses: Responses, asked: _Asked, generation: Generation) -> None:
         self._responses, self._asked, self._generation = responses, asked, generation
+        self._left = False
 
     def cancel(self) -> None:
+        """Nobody listens any more."""
+        self._left = True
         self._generation.cancel()
 
     async def whole(self) -> dict[str, Any]:
@@ -311,7 +303,10 @@ class Answer:
         return response
 
     async def events(self) -> AsyncIterator[list[Event]]:
-        """What came at once, together. A failure is the last event; one that was cancelled ends without a last one."""
+        """What came at once, together. A failure is the last event; one that was cancelled ends without a last one.
+
+        What was said until then is kept in each case.
+        """
         write, asked = EventWriter(), self._asked
         begun = asked.object("in_progress")
         yield write.told("created", begun) + write.told("in_progress", begun)
@@ -325,9 +320,13 @@ class Answer:
                 if events:
                     yield events
         except TunegateError as error:
+            events = write.break_off()
+            if self._left:
+                await self._responses.keep(asked, asked.object("cancelled", output=write.output))
+                return
             failed = asked.object("failed", output=write.output, error=_failure(error))
             if await self._responses.keep(asked, failed):
-                yield write.told("failed", failed)
+                yield events + write.told("failed", failed)
             return
         events = write.finish(whole=reason != "length")
         response = self._ended(write, reason)

@@ -8,6 +8,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -104,6 +105,16 @@ def test_an_upload_goes_on_after_a_kill_with_the_parts_that_were_answered(own: S
     rest = client.uploads.parts.create(upload.id, data=b"def")
     whole = client.uploads.complete(upload.id, part_ids=[part.id, rest.id])
     assert whole.file is not None and client.files.content(whole.file.id).text == "abcdef"
+
+
+def test_an_upload_that_is_completed_many_times_at_once_is_one_file(own: Server) -> None:
+    client = own.client()
+    for _ in range(5):
+        upload = client.uploads.create(bytes=40, filename="a.txt", mime_type="text/plain", purpose="user_data")
+        ids = [client.uploads.parts.create(upload.id, data=os.urandom(10)).id for _ in range(4)]
+        with ThreadPoolExecutor(8) as threads:
+            found = list(threads.map(lambda _: client.uploads.complete(upload.id, part_ids=ids).file, range(8)))  # noqa: B023
+        assert len({file.id for file in found if file is not None}) == 1 and None not in found
 
 
 def test_cancelled_uploads_stay_so_and_bounds_are_kept(own: Server) -> None:

@@ -205,6 +205,16 @@ def test_a_file_is_hidden_once_it_expires_and_its_bytes_go(server: Server) -> No
         assert not blob.exists()
 
 
+def test_a_key_whose_file_was_deleted_makes_another(server: Server) -> None:
+    made = []
+    for _ in range(2):
+        response = server.post(form(PURPOSE, FILE), **{"Idempotency-Key": "again"})
+        assert response.status_code == 200, response.text
+        made.append(response.json()["id"])
+        server.client.files.delete(made[-1])
+    assert made[0] != made[1]
+
+
 def test_equal_files_share_their_bytes_and_the_last_one_takes_them_along(server: Server) -> None:
     with server.client as client:
         first, second = (client.files.create(file=("a.txt", LINES), purpose="user_data") for _ in range(2))

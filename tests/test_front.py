@@ -40,13 +40,49 @@ async def http(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
     keyring = Keyring(store, tmp_path / "keys.stamp")
     await keyring.open()
     front = Middleware(Front, hosts=frozenset(), local=True, log=RequestLog("text", enabled=False))
+    app = serve(front, keyring)
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        yield client
+    await keyring.close()
+    store.close()
+
+
+def serve(front: Middleware, keyring: Keyring) -> Starlette:
     app = Starlette(routes=[Route("/v1/files", crash), Route("/v1/models", fine)], middleware=[front])
     inference = Inference(Catalog(Deadlines(1, 1)), 8)
     app.state.keyring, app.state.tracer = keyring, None
     app.state.request_metrics = RequestMetrics(inference, Meter(), lambda: len(keyring))
-    transport = httpx.ASGITransport(app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-        yield client
+    return app
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("192.0.2.7:8000", None, 200),
+        ("[2001:db8::7]:8000", None, 200),
+        ("GPU.example", None, 200),
+        ("other.example", None, 421),
+        ("192.0.2.7:8000", "http://192.0.2.7:3000", 200),
+        ("192.0.2.7:8000", "http://gpu.example", 200),
+        ("192.0.2.7:8000", "http://203.0.113.9", 403),
+        ("gpu.example", "http://192.0.2.7", 403),
+        ("192.0.2.7:8000", "null", 403),
+        ("localhost", "http://LOCALHOST:3000", 200),
+    ],
+)
+async def test_on_a_network_an_address_is_a_host_but_another_one_is_a_foreign_origin(
+    tmp_path: Path, host: str, origin: str | None, status: int
+) -> None:
+    store = Store.open(tmp_path / "tunegate.db")
+    keyring = Keyring(store, tmp_path / "keys.stamp")
+    await keyring.open()
+    log = RequestLog("text", enabled=False)
+    app = serve(Middleware(Front, hosts=frozenset({b"gpu.example"}), local=False, log=log), keyring)
+    headers = {"Host": host} | ({} if origin is None else {"Origin": origin})
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+        response = await client.get("/v1/models", headers=headers)
+    assert response.status_code == status, response.text
     await keyring.close()
     store.close()
 

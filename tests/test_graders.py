@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from openai import BadRequestError, NotFoundError, OpenAI
 
 from gateway.grading.formula import FormulaError, evaluate, names_in, parse_formula
-from gateway.grading.placeholders import UnknownVariable, fill
+from gateway.grading.placeholders import MAX_CHARS, FillError, UnknownVariable, fill, fill_all
 from gateway.grading.similarity import METRICS, TooLong, similarity
 from tests.server import Server
 
@@ -56,6 +56,11 @@ def test_a_text_that_would_take_too_long_is_refused() -> None:
         similarity("meteor", "a " * 3000, CAT)
     with pytest.raises(TooLong):
         similarity("bleu", "a" * 200_000, CAT)
+    with pytest.raises(TooLong):
+        similarity("fuzzy_match", "a" * 30_000, "b" * 30_000)
+    with pytest.raises(TooLong):
+        similarity("fuzzy_match", "a" * 10_000, "b" * 5_000)
+    assert similarity("fuzzy_match", "a" * 10_000, "a" * 9_000) > 0.9
 
 
 def test_a_formula_is_arithmetic_over_scores() -> None:
@@ -99,6 +104,15 @@ def test_placeholders_are_filled_in_once() -> None:
     for unknown in ("{{ item.x }}", "{{ other }}", "{{ item.q.__class__ }}", "{{ item.list[3] }}"):
         with pytest.raises(UnknownVariable):
             fill(unknown, variables)
+
+
+def test_a_long_value_that_is_named_many_times_is_refused_before_it_takes_the_memory(client: OpenAI) -> None:
+    many = {**CHECK, "operation": "eq", "input": "{{item.long}}" * 10_000}
+    told = run(client, many, "x", long="x" * 1_000_000, want="x")  # 10 GB, if it were filled in
+    assert told.reward == 0 and told.metadata.errors.other_error
+    with pytest.raises(FillError):
+        fill_all(["{{item.long}}"] * 3, {"item": {"long": "x" * (MAX_CHARS // 2)}})
+    assert len(fill("{{item.long}}", {"item": {"long": "x" * MAX_CHARS}})) == MAX_CHARS
 
 
 def run(client: OpenAI, grader: dict[str, Any], sample: str, **item: Any) -> Any:

@@ -83,6 +83,16 @@ def test_a_project_has_no_more_jobs_at_once_and_no_more_bytes_than_its_key_allow
     with pytest.raises(openai.RateLimitError, match="may have 0 at once"):
         mine.fine_tuning.jobs.create(training_file=file.id, model="tunegate-demo")
     mine.files.delete(file.id)
+    announced: dict[str, Any] = {"bytes": len(LINES), "filename": "c", "mime_type": "x/y", "purpose": "fine-tune"}
+    upload = mine.uploads.create(**announced)
+    for room_is_taken in (
+        lambda: mine.uploads.create(**announced),
+        lambda: mine.files.create(file=("c.jsonl", LINES), purpose="fine-tune"),
+    ):
+        with pytest.raises(openai.BadRequestError) as refused:
+            room_is_taken()
+        assert refused.value.code == "storage_limit_exceeded"
+    mine.uploads.cancel(upload.id)
     mine.files.create(file=("c.jsonl", LINES), purpose="fine-tune")
 
 

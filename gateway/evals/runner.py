@@ -15,11 +15,12 @@ from functools import partial
 from typing import Any
 
 from gateway.access import Caller
-from gateway.errors import EngineUnavailable, RateLimited, RequestError, StoreUnavailable, TunegateError
+from gateway.errors import RateLimited, RequestError, StoreUnavailable, TunegateError
 from gateway.evals.data import Row, read_rows
 from gateway.grading.graders import Graders, add_usage, sample_of
-from gateway.grading.placeholders import UnknownVariable, fill, look_up
+from gateway.grading.placeholders import FillError, fill_all, look_up
 from gateway.inference import Generation, Inference
+from gateway.patience import ask_patiently
 from gateway.replies import Reply, usage_of
 from gateway.store import evals as statements
 from gateway.store.blobs import Blobs
@@ -34,8 +35,9 @@ from gateway.wire.response_items import to_messages
 logger = logging.getLogger("tunegate.evals")
 
 RUNS_AT_ONCE = 2
+WAITING = 1000
 LINES_AT_ONCE = 4  # of one run
-PATIENCE_S = 600.0  # how long a line waits for its engine
+PAUSE_S = 1.0  # before a store that could not serve is asked again
 
 
 @dataclass
@@ -50,8 +52,12 @@ class _Sampled:
 class EvalRunner:
     """Drives the runs; all that lasts is in the store."""
 
-    def __init__(self, store: Store, blobs: Blobs, inference: Inference, graders: Graders) -> None:
+    def __init__(
+        self, store: Store, blobs: Blobs, inference: Inference, graders: Graders, started: asyncio.Event
+    ) -> None:
+        """`started`: the models that there are can be asked; no line fails because its model is not there yet."""
         self._store, self._blobs, self._inference, self._graders = store, blobs, inference, graders
+        self._started = started
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(RUNS_AT_ONCE)
 
@@ -67,6 +73,11 @@ class EvalRunner:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    def require_place(self) -> None:
+        """Raises RateLimited where too many runs wait already."""
+        if len(self._tasks) >= WAITING:
+            raise RateLimited(f"{WAITING} eval runs are not over; try again later", retry_after_s=30)
+
     def begin(self, run: EvalRun, caller: Caller) -> None:
         """Drives a run that is stored."""
         task = asyncio.create_task(self._drive(run, caller), name=f"eval run {run.id}")
@@ -79,16 +90,25 @@ class EvalRunner:
             task.cancel()
 
     async def _drive(self, run: EvalRun, caller: Caller) -> None:
-        try:
-            async with self._slots:
-                await self._run(run, caller)
-        except StoreUnavailable as error:
-            logger.error("the eval run %s waits for the next start: %s", run.id, error.message)
-        except Exception:
-            logger.exception("the eval run %s broke off", run.id)
-            await self._finish(
-                run, "failed", {"code": "server_error", "message": "the server failed; its log says more"}
-            )
+        """One run to its end, through whatever the store does in between."""
+        await self._started.wait()
+        async with self._slots:
+            broken: dict[str, str] | None = None
+            while True:
+                try:
+                    if broken is None:
+                        await self._run(run, caller)
+                    else:
+                        await self._finish(run, "failed", broken)
+                    return
+                except StoreUnavailable as error:
+                    logger.warning("eval run %s waits: %s", run.id, error.message)
+                    await asyncio.sleep(PAUSE_S)
+                except Exception:
+                    if broken is not None:
+                        raise
+                    logger.exception("the eval run %s broke off", run.id)
+                    broken = {"code": "server_error", "message": "the server failed; its log says more"}
 
     async def _run(self, run: EvalRun, caller: Caller) -> None:
         made = await self._store.read(lambda c: statements.select_eval(c, run.eval_id, run.project_id))
@@ -110,9 +130,12 @@ class EvalRunner:
                 if not await self._store.write(partial(statements.insert_item, item=item)):
                     return
 
-        async with asyncio.TaskGroup() as group:
-            for _ in range(LINES_AT_ONCE):
-                group.create_task(work())
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(LINES_AT_ONCE):
+                    group.create_task(work())
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from failures
         await self._finish(run, "completed")
 
     async def _finish(self, run: EvalRun, status: statements.RunStatus, error: dict[str, str] | None = None) -> None:
@@ -127,7 +150,7 @@ class EvalRunner:
         results: list[dict[str, Any]] = []
         try:
             sampled = await self._sample(run, row, caller)
-        except (TunegateError, UnknownVariable) as error:
+        except (TunegateError, FillError) as error:
             message = error.message if isinstance(error, TunegateError) else str(error)
             failure = {"code": "sampling_failed", "message": message}
             sampled = _Sampled({}, wire.sample_object(model=run.model, error=failure))
@@ -179,7 +202,7 @@ class EvalRunner:
         source = run.data_source
         messages = _messages(source.get("input_messages"), row)
         asked = wire.parse_asked(source, messages)
-        generation = await self._patiently(asked, caller)
+        generation = await ask_patiently(lambda: self._ask(asked, caller))
         reply = Reply()
         async for deltas in generation.deltas():
             for delta in deltas:
@@ -200,37 +223,27 @@ class EvalRunner:
         sample = sample_of(text) | {"output_tools": calls, "model": run.model, "finish_reason": reply.finish_reason}
         return _Sampled(sample, shown, {run.model: usage})
 
-    async def _patiently(self, asked: Any, caller: Caller) -> Generation:
-        """Nobody waits for a line: an engine that is busy or on its way is waited for."""
+    async def _ask(self, asked: Any, caller: Caller) -> Generation:
         messages = asked.messages if isinstance(asked, ChatRequest) else to_messages(asked.items)
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                return await self._inference.chat(
-                    asked.model,
-                    messages,
-                    asked.sampling,
-                    caller=caller,
-                    stream=False,
-                    tool_use=asked.tools.use,
-                    options=asked.options or None,
-                    arguments=asked.tools.arguments,
-                )
-            except (RateLimited, EngineUnavailable) as error:
-                pause_s = error.retry_after_s or 1
-                if time.monotonic() + pause_s > deadline:
-                    raise
-                await asyncio.sleep(pause_s)
+        return await self._inference.chat(
+            asked.model,
+            messages,
+            asked.sampling,
+            caller=caller,
+            stream=False,
+            tool_use=asked.tools.use,
+            options=asked.options or None,
+            arguments=asked.tools.arguments,
+        )
 
 
 def _messages(template: Mapping[str, Any] | None, row: Row) -> list[dict[str, Any]]:
-    """What the model is asked for a line. Raises UnknownVariable, RequestError."""
+    """What the model is asked for a line. Raises FillError, RequestError."""
     variables = {"item": row["item"], "sample": row["sample"] or {}}
     if template is not None and template["type"] == "template":
-        return [
-            {"role": message["role"], "content": fill(input_text(message["content"]), variables)}
-            for message in template["template"]
-        ]
+        asked = template["template"]
+        texts = fill_all((input_text(message["content"]) for message in asked), variables)
+        return [{"role": message["role"], "content": text} for message, text in zip(asked, texts, strict=True)]
     found = row["item"].get("input") if template is None else look_up(template["item_reference"], variables)
     if isinstance(found, str):
         return [{"role": "user", "content": found}]

@@ -18,9 +18,10 @@ from gateway.access import Caller
 from gateway.chat.conversation import ROLES, Message
 from gateway.errors import EngineError, RateLimited
 from gateway.grading.formula import FormulaError, evaluate, parse_formula
-from gateway.grading.placeholders import UnknownVariable, fill
+from gateway.grading.placeholders import FillError, UnknownVariable, fill, fill_all
 from gateway.grading.similarity import TooLong, cosine, similarity
 from gateway.inference import Inference
+from gateway.patience import ask_patiently
 from gateway.replies import Reply, usage_of
 from gateway.wire.chat import Usage
 from gateway.wire.graders import EMBEDDING_MODEL, Grader, grader_items, input_text
@@ -48,8 +49,9 @@ class Graded:
 class Graders:
     """Holds nothing but the way to the models."""
 
-    def __init__(self, inference: Inference) -> None:
-        self._inference = inference
+    def __init__(self, inference: Inference, *, patience_s: float = 0) -> None:
+        """`patience_s`: how long a model that is busy or on its way is waited for."""
+        self._inference, self._patience_s = inference, patience_s
 
     async def grade(self, grader: Grader, item: Mapping[str, Any], sample: Mapping[str, Any], caller: Caller) -> Graded:
         """Raises RequestError where a model is unknown or refuses what it is asked, as chat does."""
@@ -69,7 +71,7 @@ class Graders:
                     await self._combine(grader, item, sample, graded, caller)
         except UnknownVariable as error:
             graded.fail("invalid_variable_error", str(error))
-        except TooLong as error:
+        except (FillError, TooLong) as error:
             graded.fail("other_error", str(error))
         except (EngineError, RateLimited) as error:
             graded.fail("model_grader_server_error", error.message)
@@ -81,7 +83,10 @@ class Graders:
         if metric != "cosine":
             graded.score = await asyncio.to_thread(similarity, metric, text, reference)
             return
-        made = await self._inference.embed(EMBEDDING_MODEL, [text or " ", reference or " "], caller=caller)
+        made = await ask_patiently(
+            lambda: self._inference.embed(EMBEDDING_MODEL, [text or " ", reference or " "], caller=caller),
+            self._patience_s,
+        )
         graded.usage[EMBEDDING_MODEL] = Usage(made.prompt_tokens, 0)
         graded.score = cosine(*map(_floats, made.vectors))
 
@@ -133,7 +138,9 @@ class Graders:
         self, model: str, messages: Sequence[Message], sampling: Sampling, graded: Graded, caller: Caller
     ) -> Reply:
         """A model's reply; what it used is added to `graded`."""
-        generation = await self._inference.chat(model, messages, sampling, caller=caller, stream=False)
+        generation = await ask_patiently(
+            lambda: self._inference.chat(model, messages, sampling, caller=caller, stream=False), self._patience_s
+        )
         reply = Reply()
         async for deltas in generation.deltas():
             for delta in deltas:
@@ -159,8 +166,9 @@ class Graders:
 
 
 def messages_of(template: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> list[Message]:
-    """A template's messages with their placeholders filled in. Raises UnknownVariable."""
-    return [Message(ROLES[message["role"]], fill(input_text(message["content"]), variables)) for message in template]
+    """A template's messages with their placeholders filled in. Raises FillError."""
+    texts = fill_all((input_text(message["content"]) for message in template), variables)
+    return [Message(ROLES[message["role"]], text) for message, text in zip(template, texts, strict=True)]
 
 
 def sample_of(text: str) -> dict[str, Any]:

@@ -4,21 +4,48 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+MAX_CHARS = 1_000_000  # of texts that are filled in together: a short one may name a long value many times
 
 _HOLE = re.compile(r"\{\{\s*([^{}]{1,500}?)\s*\}\}")
 _PATH = re.compile(r"([A-Za-z_]\w*)((?:\.\w+|\[\d{1,9}\]|\['[^']*'\]|\[\"[^\"]*\"\])*)")
 _STEP = re.compile(r"\.(\w+)|\[(\d+)\]|\['([^']*)'\]|\[\"([^\"]*)\"\]")
 
 
-class UnknownVariable(ValueError):
+class FillError(ValueError):
+    """A text that cannot be filled in; says why."""
+
+
+class UnknownVariable(FillError):
     """A placeholder that nothing stands for; names it."""
 
 
 def fill(text: str, variables: Mapping[str, Any]) -> str:
-    """The text with every placeholder's value in its place; what is no text stands as JSON. Raises UnknownVariable."""
-    return _HOLE.sub(lambda hole: _shown(look_up(hole[1], variables)), text)
+    """The text with every placeholder's value in its place; what is no text stands as JSON. Raises FillError."""
+    return fill_all([text], variables)[0]
+
+
+def fill_all(texts: Iterable[str], variables: Mapping[str, Any]) -> list[str]:
+    """Each of the texts, filled in. Raises FillError, also where they come to more than MAX_CHARS together."""
+    left = MAX_CHARS
+    filled = []
+    for text in texts:
+        parts: list[str] = []
+        at = 0
+        for hole in _HOLE.finditer(text):
+            parts += (text[at : hole.start()], _shown(look_up(hole[1], variables)))
+            at = hole.end()
+            left -= len(parts[-2]) + len(parts[-1])
+            if left < 0:
+                break
+        parts.append(text[at:])
+        left -= len(parts[-1])
+        if left < 0:
+            raise FillError(f"its texts come to more than {MAX_CHARS} characters with their placeholders filled in")
+        filled.append("".join(parts))
+    return filled
 
 
 def look_up(path: str, variables: Mapping[str, Any]) -> Any:

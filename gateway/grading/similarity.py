@@ -15,6 +15,8 @@ from rapidfuzz.distance import LCSseq
 
 METRICS = tuple("fuzzy_match bleu gleu meteor cosine rouge_1 rouge_2 rouge_3 rouge_4 rouge_5 rouge_l".split())
 MAX_CHARS = 100_000
+MAX_FUZZY_CHARS = 20_000
+MAX_FUZZY_UNEQUAL_CHARS = 2000  # its time grows with the third power
 MAX_METEOR_WORDS = 2000  # its time grows with the product of the two lengths
 
 _WORD = re.compile(r"\w+|[^\w\s]+")
@@ -29,6 +31,7 @@ def similarity(metric: str, text: str, reference: str) -> float:
     if max(len(text), len(reference)) > MAX_CHARS:
         raise TooLong(f"{metric} compares texts of at most {MAX_CHARS} characters")
     if metric == "fuzzy_match":
+        _check_fuzzy(len(text), len(reference))
         return float(fuzz.WRatio(text, reference)) / 100
     words, expected = _words(text), _words(reference)
     if not words or not expected:
@@ -44,6 +47,17 @@ def similarity(metric: str, text: str, reference: str) -> float:
 def cosine(first: Sequence[float], second: Sequence[float]) -> float:
     """Of two vectors of length 1; what points apart counts as nothing in common."""
     return min(1.0, max(0.0, sum(a * b for a, b in zip(first, second, strict=True))))
+
+
+def _check_fuzzy(*lengths: int) -> None:
+    """rapidfuzz holds the interpreter while it compares, and looks for the shorter text at each place of a longer one."""
+    shorter, longer = sorted(lengths)
+    most = MAX_FUZZY_CHARS if longer < 1.5 * shorter else MAX_FUZZY_UNEQUAL_CHARS
+    if longer > most:
+        raise TooLong(
+            f"fuzzy_match compares texts of at most {MAX_FUZZY_CHARS} characters, and of at most {MAX_FUZZY_UNEQUAL_CHARS} "
+            f"where one is half as long again as the other; here are {lengths[0]} and {lengths[1]}"
+        )
 
 
 def _by_nltk(metric: str, words: list[str], expected: list[str]) -> float:

@@ -14,7 +14,9 @@ from gateway.errors import NotFound, RequestError
 from gateway.evals.runner import EvalRunner
 from gateway.routes import caller_of, project_of
 from gateway.routes.body import read_json
+from gateway.routes.idempotency import idempotency_key
 from gateway.store import evals as statements
+from gateway.store import idempotency
 from gateway.store.evals import Eval, EvalItem, EvalRun
 from gateway.store.ids import new_id
 from gateway.store.pages import Page
@@ -26,11 +28,12 @@ Summaries = dict[str, dict[str, Any]]
 
 
 async def create_eval(request: Request) -> Response:
+    key, project_id = idempotency_key(request), project_of(request)
     asked = wire.parse_create(await read_json(request, request.app.state.settings.limits.body_bytes))
     now, eval_id = int(time.time()), new_id("eval_")
     made = Eval(
         id=eval_id,
-        project_id=project_of(request),
+        project_id=project_id,
         created_at=now,
         updated_at=now,
         name=asked.name or eval_id,
@@ -38,8 +41,17 @@ async def create_eval(request: Request) -> Response:
         testing_criteria=asked.testing_criteria,
         metadata=asked.metadata,
     )
-    await request.app.state.store.write(lambda connection: statements.insert_eval(connection, made))
-    return JSONResponse(wire.eval_object(made))
+    mark = idempotency.fingerprint("eval", asked)
+
+    def write(connection: Connection) -> Eval:
+        earlier = idempotency.recall(connection, project_id, key, mark)
+        if earlier is not None and (found := statements.select_eval(connection, earlier, project_id)) is not None:
+            return found
+        statements.insert_eval(connection, made)
+        idempotency.remember(connection, project_id, key, mark, made.id)
+        return made
+
+    return JSONResponse(wire.eval_object(await request.app.state.store.write(write)))
 
 
 async def list_evals(request: Request) -> Response:
@@ -85,7 +97,9 @@ async def delete_eval(request: Request) -> Response:
 async def create_run(request: Request) -> Response:
     """What is answered is stored, and runs whatever happens to this process."""
     state, eval_id, caller = request.app.state, request.path_params["eval_id"], caller_of(request.scope)
+    key = idempotency_key(request)
     asked = wire.parse_run(await read_json(request, state.settings.limits.body_bytes))
+    _runner(request).require_place()
     run_id = new_id("evalrun_")
     run = EvalRun(
         id=run_id,
@@ -99,14 +113,23 @@ async def create_run(request: Request) -> Response:
         status="queued",
     )
 
-    def write(connection: Connection) -> Eval:
-        made = _find(connection, eval_id, caller.project_id)
-        statements.insert_run(connection, run)
-        return made
+    mark = idempotency.fingerprint("eval run", eval_id, asked)
 
-    made = await state.store.write(write)
-    _runner(request).begin(run, caller)
-    return JSONResponse(wire.run_object(run, _summarise(made, []), _report_url(request, run)))
+    def write(connection: Connection) -> tuple[Eval, EvalRun]:
+        made = _find(connection, eval_id, caller.project_id)
+        earlier = idempotency.recall(connection, caller.project_id, key, mark)
+        if earlier is not None:
+            found = statements.select_run(connection, eval_id, earlier, caller.project_id)
+            if found is not None:
+                return made, found
+        statements.insert_run(connection, run)
+        idempotency.remember(connection, caller.project_id, key, mark, run_id)
+        return made, run
+
+    made, stored = await state.store.write(write)
+    if stored is run:
+        _runner(request).begin(run, caller)
+    return JSONResponse(wire.run_object(stored, stored.summary or _summarise(made, []), _report_url(request, stored)))
 
 
 async def list_runs(request: Request) -> Response:

@@ -52,11 +52,11 @@ async def create_upload(request: Request) -> Response:
         if earlier is not None:
             return _find(connection, earlier, caller.project_id)
         now = int(time.time())
-        count, announced = statements.pending_bytes(connection, caller.project_id)
+        count = statements.count_pending(connection, caller.project_id)
         if count >= MAX_PENDING:
             raise RequestError(f"{count} uploads of this project are pending already: complete or cancel some.")
-        more_bytes = announced + asked.size_bytes
-        file_statements.require_room(connection, caller.project_id, more_bytes, caller.limits.storage_bytes, now)
+        limit_bytes = caller.limits.storage_bytes
+        file_statements.require_room(connection, caller.project_id, asked.size_bytes, limit_bytes, now, param="bytes")
         upload = Upload(new_id("upload_"), now, **vars(asked), expires_at=now + LIFE_S, project_id=caller.project_id)
         statements.insert_upload(connection, upload)
         idempotency.remember(connection, caller.project_id, key, mark, upload.id)
@@ -129,9 +129,12 @@ async def complete_upload(request: Request) -> Response:
     statements.require_pending(upload, int(time.time()))
     parts = _ordered(upload, found, asked.part_ids)
     md5 = hashlib.md5(usedforsecurity=False)
-    blob = await state.blobs.put(_joined(state.blobs, parts, md5))
+    try:
+        blob = await state.blobs.put(_joined(state.blobs, parts, md5))
+    except FileNotFoundError:  # its parts are gone: it was completed or cancelled meanwhile
+        return await _completed(request, upload_id)
 
-    def insert(connection: Connection) -> list[str] | None:
+    def insert(connection: Connection) -> list[str]:
         if asked.md5 is not None and md5.hexdigest() != asked.md5:
             raise RequestError(
                 f"The bytes have the MD5 {md5.hexdigest()}, not {asked.md5}: a part was changed on its way, or the order of "
@@ -148,18 +151,22 @@ async def complete_upload(request: Request) -> Response:
             project_id=caller.project_id,
         )
         gone = statements.leave_pending(connection, upload_id, "completed", file.id)
-        if gone is None:  # somebody else was first: undoes the file's row
-            statements.require_pending(_find(connection, upload_id, caller.project_id), int(time.time()))
+        if gone is None:
+            raise _Overtaken  # undoes the file's row
         return gone
 
     try:
         gone = await state.store.write(insert)
+    except _Overtaken:
+        state.blobs.release(blob)
+        await remove_unreferenced(state.store, state.blobs, [blob.digest])
+        return await _completed(request, upload_id)
     except TunegateError:
         state.blobs.release(blob)
         await remove_unreferenced(state.store, state.blobs, [blob.digest])
         raise
     state.blobs.release(blob)
-    await remove_unreferenced(state.store, state.blobs, gone or [])
+    await remove_unreferenced(state.store, state.blobs, gone)
     return _json(await _shown(request, upload_id))
 
 
@@ -225,6 +232,20 @@ async def _joined(blobs: Blobs, parts: list[Part], md5: Any) -> AsyncIterator[by
                 yield chunk
         finally:
             reader.close()
+
+
+class _Overtaken(Exception):
+    """Somebody else completed or cancelled the upload first."""
+
+
+async def _completed(request: Request, upload_id: str) -> Response:
+    """The upload that somebody else completed meanwhile. Raises RequestError where it became something else."""
+    project_id = project_of(request)
+    upload = await request.app.state.store.read(lambda connection: _find(connection, upload_id, project_id))
+    if upload.status != "completed":
+        statements.require_pending(upload, int(time.time()))
+        raise RuntimeError(f"bytes of {upload_id}'s parts are missing")
+    return _json(await _shown(request, upload_id))
 
 
 async def _shown(request: Request, upload_id: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from sqlalchemy import Column, ColumnElement, Connection, RowMapping, Select, ex
 from gateway.errors import RequestError
 from gateway.store.blobs import BlobRef
 from gateway.store.pages import Order, Page, select_page
-from gateway.store.tables import DEFAULT_PROJECT, batches, files, upload_parts
+from gateway.store.tables import DEFAULT_PROJECT, batches, files, upload_parts, uploads
 
 OVER = ("failed", "completed", "expired", "cancelled")  # batches that are
 ID_CHARS = string.ascii_letters + string.digits
@@ -62,22 +62,26 @@ def insert_file(
 
 
 def used_bytes(connection: Connection, project_id: str, now: int) -> int:
-    """What the files of a project take."""
-    return (
-        connection.scalar(select(func.coalesce(func.sum(files.c.size_bytes), 0)).where(*_visible(project_id, now))) or 0
-    )
+    """What the files of a project take, and what its pending uploads are to come to."""
+    stored = select(func.coalesce(func.sum(files.c.size_bytes), 0)).where(*_visible(project_id, now))
+    pending = (uploads.c.project_id == project_id, uploads.c.status == "pending", uploads.c.expires_at > now)
+    announced = select(func.coalesce(func.sum(uploads.c.size_bytes), 0)).where(*pending)
+    return (connection.scalar(stored) or 0) + (connection.scalar(announced) or 0)
 
 
-def require_room(connection: Connection, project_id: str, more_bytes: int, limit_bytes: int | None, now: int) -> None:
+def require_room(
+    connection: Connection, project_id: str, more_bytes: int, limit_bytes: int | None, now: int, *, param: str = "file"
+) -> None:
     """Raises RequestError where `more_bytes` would be over what a key lets its project store."""
     if limit_bytes is None:
         return
     used = used_bytes(connection, project_id, now)
     if used + more_bytes > limit_bytes:
         raise RequestError(
-            f"{more_bytes} bytes more would be over what this key may store: its project has {used} of {limit_bytes} bytes "
-            "(`--storage` of `tunegate keys create`). Delete files that are not needed any more.",
-            param="file",
+            f"{more_bytes} bytes more would be over what this key may store: its project has {used} of {limit_bytes} bytes, "
+            "unfinished uploads counted in (`--storage` of `tunegate keys create`). Delete files that are not needed any "
+            "more.",
+            param=param,
             code="storage_limit_exceeded",
         )
 

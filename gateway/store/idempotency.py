@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 import orjson
-from sqlalchemy import Connection, delete, insert, select
+from sqlalchemy import Connection, and_, delete, insert, or_, select
 
 from gateway.errors import RequestError
 from gateway.store.tables import idempotency
@@ -41,11 +41,12 @@ def recall(connection: Connection, project_id: str, key: str | None, asked: str)
 
 
 def remember(connection: Connection, project_id: str, key: str | None, asked: str, object_id: str) -> None:
-    """Notes that `key` made the object; keys are forgotten after KEPT_S."""
+    """Notes that `key` made the object, in place of what it made before; keys are forgotten after KEPT_S."""
     if key is None:
         return
     now = int(time.time())
-    connection.execute(delete(idempotency).where(idempotency.c.created_at < now - KEPT_S))
+    earlier = and_(idempotency.c.project_id == project_id, idempotency.c.key == key)
+    connection.execute(delete(idempotency).where(or_(earlier, idempotency.c.created_at < now - KEPT_S)))
     connection.execute(
         insert(idempotency).values(
             project_id=project_id, key=key, fingerprint=asked, object_id=object_id, created_at=now

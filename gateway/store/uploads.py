@@ -53,13 +53,9 @@ def select_upload(connection: Connection, upload_id: str, project_id: str) -> Up
     return None if row is None else Upload(**{name: row[name] for name in Upload.__dataclass_fields__})
 
 
-def pending_bytes(connection: Connection, project_id: str) -> tuple[int, int]:
-    """How many uploads of a project are pending, and what they were announced to come to."""
+def count_pending(connection: Connection, project_id: str) -> int:
     where = (uploads.c.project_id == project_id, uploads.c.status == "pending")
-    count, total = connection.execute(
-        select(func.count(), func.coalesce(func.sum(uploads.c.size_bytes), 0)).where(*where)
-    ).one()
-    return count, total
+    return connection.execute(select(func.count()).select_from(uploads).where(*where)).scalar_one()
 
 
 def insert_part(connection: Connection, part: Part) -> None:

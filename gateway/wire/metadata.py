@@ -27,9 +27,10 @@ def parse_metadata(value: Any) -> dict[str, str] | None:
     if len(value) > MAX_PAIRS:
         raise RequestError(f"metadata has {len(value)} pairs; at most {MAX_PAIRS} are taken.", param="metadata")
     for key, text in value.items():
-        if not 1 <= len(key) <= MAX_KEY_CHARS:
+        if not 1 <= len(key) <= MAX_KEY_CHARS or "\0" in key:  # which no database looks up
             raise RequestError(
-                f"The metadata key {show(key)} has {len(key)} characters; it must have 1 to {MAX_KEY_CHARS}.",
+                f"The metadata key {show(key)} must have 1 to {MAX_KEY_CHARS} characters, none of them NUL; it has "
+                f"{len(key)}.",
                 param="metadata",
             )
         if not isinstance(text, str) or len(text) > MAX_VALUE_CHARS:

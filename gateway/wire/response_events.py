@@ -56,6 +56,10 @@ class EventWriter:
         events = self._turn_to("output_text") if not self.output else []
         return events + self._close("completed" if whole else "incomplete")
 
+    def break_off(self) -> list[Event]:
+        """Ends the last item where it is, `incomplete`."""
+        return self._close("incomplete")
+
     def _turn_to(self, kind: str) -> list[Event]:
         """To the item that takes text of this kind: the open one, or one more."""
         if self._open is not None and self._open.kind == kind:

@@ -164,6 +164,15 @@ def test_a_line_that_fails_ends_nothing_else(client: OpenAI) -> None:
     assert (done.status, done.result_counts.passed, done.result_counts.errored) == ("completed", 1, 1)
 
 
+def test_an_idempotency_key_makes_one_eval_and_one_run(client: OpenAI) -> None:
+    of_eval, of_run = ({"Idempotency-Key": f"of-{what}"} for what in ("eval", "run"))
+    first, again = (make(client, extra_headers=of_eval) for _ in range(2))
+    assert first.id == again.id
+    runs = [client.evals.runs.create(first.id, data_source=jsonl(("a", "a")), extra_headers=of_run) for _ in range(2)]
+    assert runs[0].id == runs[1].id and len(list(client.evals.runs.list(first.id))) == 1
+    assert wait_over(client, runs[0]).status == "completed"
+
+
 def test_what_was_canceled_stays_canceled(client: OpenAI) -> None:
     made = make(client)
     run = client.evals.runs.create(made.id, data_source=asked(200))

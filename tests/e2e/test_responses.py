@@ -163,6 +163,25 @@ def test_a_stream_in_the_background_can_be_left_and_taken_up_again(client: OpenA
     assert rest[-1].response.id == first.response.id
 
 
+def test_a_stream_that_is_left_is_stored_as_cancelled_with_what_was_said(client: OpenAI) -> None:
+    stream = ask(client, "Count from one to a thousand.", stream=True, max_output_tokens=900)
+    response_id, heard = next(iter(stream)).response.id, ""
+    for event in stream:
+        if event.type == "response.output_text.delta":
+            heard = event.delta
+            break
+    stream.response.close()
+    deadline, kept = time.monotonic() + 30, None
+    while kept is None and time.monotonic() < deadline:
+        try:
+            kept = client.responses.retrieve(response_id)
+        except NotFoundError:  # it is stored once it is over
+            time.sleep(0.02)
+    assert kept is not None and kept.status == "cancelled" and kept.error is None
+    assert heard and kept.output_text.startswith(heard)
+    assert [item.status for item in kept.output] == ["incomplete"]
+
+
 def test_a_form_is_held_to(client: OpenAI) -> None:
     schema = {
         "type": "object",

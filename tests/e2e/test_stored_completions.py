@@ -89,3 +89,6 @@ def test_metadata_out_of_bounds_is_refused(server: Server) -> None:
     body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "store": True, "metadata": {"k": "v" * 600}}
     told = httpx.post(f"{server.base_url}/chat/completions", json=body)
     assert (told.status_code, told.json()["error"]["param"]) == (400, "metadata.k")
+    for url in ("chat/completions", "fine_tuning/jobs"):
+        told = httpx.get(f"{server.base_url}/{url}?metadata%5B%00k%5D=v")
+        assert (told.status_code, told.json()["error"]["param"]) == (400, "metadata"), url
