@@ -211,6 +211,26 @@ async def test_one_that_leaves_answers_its_last_requests_and_no_other() -> None:
         await until(lambda: not pool.leavers, 5)
 
 
+async def test_a_pool_that_is_stopped_ends_its_leavers_and_their_places_are_free_again() -> None:
+    stops: list[str] = []
+    ending = asyncio.Event()
+
+    async def stop() -> None:
+        ending.set()
+        await asyncio.sleep(0.1)
+        stops.append("whole")
+
+    waiting, gone = At(1), At(2)
+    waiting.stop = gone.stop = stop  # type: ignore[attr-defined]
+    pool = pool_of(waiting, gone)
+    pool.replicas[0].in_flight = 1
+    await pool.change(pool.replicas, [])
+    await asyncio.wait_for(ending.wait(), 5)
+    await pool.stop()
+    assert stops == ["whole", "whole"], "one whose last reply runs is not waited for, one that ends is not cut short"
+    assert pool.leavers == []
+
+
 class Startable(At):
     """Ready some moments after its start, and not after its stop."""
 
