@@ -91,7 +91,11 @@ async def read(client: EngineClient, body: dict[str, Any] | None = None) -> list
         stream.cancel()
 
 
-@pytest.mark.parametrize("answer", [b"", HEAD, refusal(500), refusal(502), refusal(503), refusal(429)])
+# What vLLM's front sends when its engine has died: an error as the first event of a stream.
+GONE = HEAD + event(b'{"error":{"message":"EngineCore is gone","code":500}}') + event(b"[DONE]") + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize("answer", [b"", HEAD, GONE, refusal(500), refusal(502), refusal(503), refusal(429)])
 async def test_what_fails_before_the_first_event_is_asked_of_another(answer: bytes) -> None:
     bad, good = Fake(answer), Fake(reply("good"))
     async with served(bad, good) as (client, pool):
