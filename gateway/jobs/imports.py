@@ -17,7 +17,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gateway.access import DEFAULT_PROJECT
@@ -35,6 +35,7 @@ from gateway.store.models import ModelRow
 logger = logging.getLogger("tunegate.imports")
 
 WATCH_S = 1.0
+LINGER_S = 5.0  # requests that found the old version are rendered still, and have not reached their engine
 IMPORT_FILE, REFUSED_FILE = "import.json", "refused.txt"
 
 
@@ -48,18 +49,20 @@ class Imports:
     organization: str
     catalog: Catalog
     engines: Callable[[str], Pool]
+    linger_s: float = LINGER_S
     _task: asyncio.Task[None] | None = None
+    _drops: dict[str, asyncio.Task[None]] = field(default_factory=dict)  # of old versions, by the engine's name
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._watch(), name="imported adapters")
 
     async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        tasks = [*([] if self._task is None else [self._task]), *self._drops.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _watch(self) -> None:
-        dropping: set[asyncio.Task[None]] = set()
         while True:
             for place, mark in await asyncio.to_thread(_waiting, self.folder):
                 try:
@@ -73,9 +76,9 @@ class Imports:
                     await asyncio.to_thread(_refuse, place, mark, f"{error!r}")
                 else:
                     if old is not None:
-                        task = asyncio.create_task(self._drop(old), name=f"drop {old.engine_name}")
-                        dropping.add(task)
-                        task.add_done_callback(dropping.discard)
+                        self._drops[old.engine_name] = asyncio.create_task(
+                            self._drop(old), name=f"drop {old.engine_name}"
+                        )
             await asyncio.sleep(WATCH_S)
 
     async def _take_up(self, place: Path, mark: int) -> ModelRow | None:
@@ -100,6 +103,9 @@ class Imports:
         if old is not None and old.adapter_digest == row.adapter_digest:
             await asyncio.to_thread(_remove, place, mark)
             return None
+        if (leaving := self._drops.pop(adapter.engine_name, None)) is not None:  # the version before the last is back
+            leaving.cancel()
+            await asyncio.gather(leaving, return_exceptions=True)
         report = await engine.ensure_adapter(adapter)
         if report is not None and report.warning:
             logger.warning("%s: %s", name, report.warning)
@@ -130,10 +136,12 @@ class Imports:
         return Adapter(row.engine_name, path, base, digest), row
 
     async def _drop(self, old: ModelRow) -> None:
+        await asyncio.sleep(self.linger_s)
         try:
             await self.engines(old.base).drop_adapter(old.engine_name)
         except TunegateError as error:
             logger.warning("%s is not unloaded: %s", old.engine_name, error.message)
+        self._drops.pop(old.engine_name, None)
 
 
 def _waiting(folder: Path) -> list[tuple[Path, int]]:

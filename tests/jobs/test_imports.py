@@ -28,6 +28,7 @@ class Everything(Pool):
         super().__init__("tiny")
         self.folder, self.again = folder, again
         self.taken: list[str] = []
+        self.dropped: list[str] = []
 
     async def ensure_adapter(
         self, adapter: Adapter, witness: bool = True, timeout_s: float = 1.0
@@ -36,6 +37,9 @@ class Everything(Pool):
         if self.again.exists():
             place_again(self.folder, self.again)
         return None
+
+    async def drop_adapter(self, engine_name: str) -> None:
+        self.dropped.append(engine_name)
 
 
 def place_again(folder: Path, again: Path) -> None:
@@ -74,6 +78,27 @@ async def test_a_name_that_is_added_again_while_it_is_taken_up_is_taken_up_again
     assert row.name == "mine" and row.engine_name == pool.taken[-1]
 
 
+async def test_an_old_version_is_dropped_when_requests_that_found_it_have_reached_it_and_not_when_it_is_back(
+    workshop: Workshop, base: PreparedBase, tmp_path: Path
+) -> None:
+    pool = Everything(tmp_path / "imports", tmp_path / "none")
+    imports = imports_of(workshop, pool.folder, pool, linger_s=3.0)
+    imports.start()
+    try:
+        for number, seed in enumerate((1, 2, 1)):
+            write_import(tmp_path / f"made{number}", base, seed=seed)
+            pool.folder.mkdir(exist_ok=True)
+            place_again(pool.folder, tmp_path / f"made{number}")
+            await until(lambda: not (pool.folder / "place").exists())
+            assert not pool.dropped, "there may be requests that found it and are being rendered"
+        first, second, again = pool.taken
+        assert again == first
+        await until(lambda: pool.dropped)
+    finally:
+        await imports.stop()
+    assert pool.dropped == [second]
+
+
 async def test_what_was_wrong_with_one_is_not_held_against_the_next_of_its_name(
     workshop: Workshop, base: PreparedBase, tmp_path: Path
 ) -> None:
@@ -100,6 +125,6 @@ async def test_what_was_wrong_with_one_is_not_held_against_the_next_of_its_name(
     assert not list(pool.folder.glob("*/refused.txt"))
 
 
-def imports_of(workshop: Workshop, folder: Path, engines: Any) -> Imports:
+def imports_of(workshop: Workshop, folder: Path, engines: Any, linger_s: float = 0.0) -> Imports:
     of_name = engines if callable(engines) else lambda name: engines
-    return Imports(workshop.store, folder, workshop.data_dir.adapters, "org", workshop.catalog, of_name)
+    return Imports(workshop.store, folder, workshop.data_dir.adapters, "org", workshop.catalog, of_name, linger_s)
