@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -75,7 +76,10 @@ class Step:
 
 
 class Fleet:
-    """`pool` makes the engines of a base, `open` the upstreams; `change` takes other settings; `close` at the end."""
+    """`pool` makes the engines of a base, `open` the upstreams; `change` takes other settings; `close` at the end.
+
+    `end_forgotten` comes first.
+    """
 
     def __init__(self, folder: Path, engines: list[EngineSettings], catalog: Catalog, deadlines: Deadlines) -> None:
         """`folder` (DATA/engines) keeps what each spawned engine needs to be taken over."""
@@ -91,6 +95,16 @@ class Fleet:
         """From here on the catalog has the upstreams."""
         await self._set_upstreams(self._engines)
 
+    async def end_forgotten(self, bases: Collection[str]) -> None:
+        """Ends the workers that an earlier start left of bases that are none of these. Before `pool`."""
+        keys = await asyncio.to_thread(
+            lambda: list(self._folder.rglob("key"))
+        )  # each written before its worker is started
+        for key in keys:
+            folder = key.parent.parent if key.parent.name.startswith("@") else key.parent
+            if str(folder.relative_to(self._folder)) not in bases:
+                await _end_strays(key.parent)
+
     async def close(self) -> None:
         await asyncio.gather(*(upstream.close() for _, upstream in self._upstreams.values()))
 
@@ -101,7 +115,7 @@ class Fleet:
         served.plans.update({self._make(served, plan): plan for plan in plans})
         served.pool.replicas = tuple(served.plans)
         self._served[name] = served
-        await self._end_strays(name, {plan.place for plan in plans})
+        await self._end_left(name, {plan.place for plan in plans})
         return served.pool
 
     def forget(self, name: str) -> None:
@@ -176,19 +190,12 @@ class Fleet:
             if self._upstreams.get(name, (None, None))[1] is not upstream:
                 await upstream.retire()
 
-    async def _end_strays(self, name: str, wanted: set[int]) -> None:
-        """Ends the workers that an earlier start left in places that nobody has any more."""
+    async def _end_left(self, name: str, wanted: set[int]) -> None:
+        """Ends the workers of a base that an earlier start left in places that nobody has any more."""
         folder = self._folder / name
         places = {1: folder} | {int(path.name[1:]): path for path in folder.glob("@*") if path.name[1:].isdigit()}
         for path in [path for place, path in places.items() if place not in wanted]:
-            worker = WorkerFolder(path)
-            _, strays = await asyncio.to_thread(worker.find_worker, NO_LAUNCH)
-            for handle in strays:
-                logger.info("engine %s: ends process %d, which no settings ask for any more", name, handle.pid)
-                handle.watch()
-                await handle.end(STRAY_GRACE_S)
-                await asyncio.to_thread(worker.end_orphans, handle)
-                handle.close()
+            await _end_strays(path)
 
     def _make(self, served: Served, plan: Plan) -> Replica:
         return Replica(plan.name, self._engine(served, plan), plan.entry.served_name, has_place=plan.url is None)
@@ -238,3 +245,15 @@ def plans_of(engines: list[EngineSettings], model: str) -> list[Plan]:
                 place += 1
                 plans.append(Plan(f"{model} #{place}", entry, place=place))
     return plans
+
+
+async def _end_strays(folder: Path) -> None:
+    """Ends whatever worker runs in an engine's folder."""
+    worker = WorkerFolder(folder)
+    _, strays = await asyncio.to_thread(worker.find_worker, NO_LAUNCH)
+    for handle in strays:
+        logger.info("%s: ends process %d, which no settings ask for any more", folder, handle.pid)
+        handle.watch()
+        await handle.end(STRAY_GRACE_S)
+        await asyncio.to_thread(worker.end_orphans, handle)
+        handle.close()

@@ -111,6 +111,8 @@ class House:
             self.engine,
             pools=self.residents.engines,
         )
+        added = await asyncio.to_thread(added_names, self.data_dir.bases)
+        await self.fleet.end_forgotten({*self.settings.bases, *added})
         await self.fleet.open()
         self.request_metrics = RequestMetrics(self.inference, self.meter, lambda: len(self.keyring))
         self.registry.register(self.request_metrics)

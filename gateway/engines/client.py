@@ -259,9 +259,8 @@ class EngineStream:
     # called by the connection
 
     def on_event(self, payload: bytes) -> None:
-        if not self._began:
-            self._began = True
-            cast(Replica, self._replica).answered()
+        if self._over or self._obstacle is not None:  # what came together with an error
+            return
         if payload == b"[DONE]":
             self._done = True
             return
@@ -271,8 +270,11 @@ class EngineStream:
             self.on_error(EngineError("the engine sent a frame that is not JSON"))
             return
         if "error" in frame:
-            self.on_error(EngineError(f"the engine stopped: {_error_message(frame)}"))
+            self._on_error_event(frame, payload)
             return
+        if not self._began:
+            self._began = True
+            cast(Replica, self._replica).answered()
         self._frames.append(frame)
 
     def on_batch(self) -> None:
@@ -294,6 +296,15 @@ class EngineStream:
         else:
             replica.answered()
             self.on_error(error)
+
+    def _on_error_event(self, frame: dict[str, Any], payload: bytes) -> None:
+        """As the first of a reply it is a refusal: so answers the front of a vLLM, with status 200, when its engine is gone."""
+        told = frame["error"]
+        code = told.get("code") if isinstance(told, dict) else None
+        if self._began:
+            self.on_error(EngineError(f"the engine stopped: {_error_message(frame)}"))
+        else:
+            self.on_refusal(code if type(code) is int and 400 <= code < 600 else 500, None, payload)
 
     def on_complete(self) -> None:
         """The response ended as HTTP says it should."""

@@ -301,7 +301,7 @@ class Engine:
             drained = self._drained.setdefault(engine_name, asyncio.Event())
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(drained.wait(), DRAIN_TIMEOUT_S)
-        if (control := self._control) is not None:
+        if (control := self._control) is not None and engine_name not in self._status:  # else it is desired again
             await self._unload(control, engine_name)
 
     async def sleep(self) -> None:
@@ -321,11 +321,21 @@ class Engine:
             raise
 
     async def wake(self) -> None:
-        """Ends its sleep. One that was restarted meanwhile is awake already."""
+        """Ends its sleep. One that was restarted meanwhile is awake already; one that does not wake is restarted.
+
+        EngineError when it did not wake.
+        """
         control = self._control
         if self._asleep and control is not None:
-            await control.wake_up()
-            self._ready.set()
+            try:
+                await control.wake_up()
+            except EngineError:
+                if self._control is control:  # it answers /health all the same, so nobody else would end its sleep
+                    await self._process.stop()
+                    self._process.start()
+                raise
+            if self._control is control:
+                self._ready.set()
         self._asleep = False
         self._tell()
 
@@ -350,8 +360,8 @@ class Engine:
                     await self._reconcile(control)
                     self._ready.set()
                 break
-            except EngineError as error:
-                log.warning("engine %s: reconciling failed, tried again: %s", self.base.name, error.message)
+            except (EngineError, OSError) as error:  # the engine, or a full disk here
+                log.warning("engine %s: reconciling failed, tried again: %s", self.base.name, error)
                 await asyncio.sleep(RETRY_S)
         self._tell()
 

@@ -45,6 +45,7 @@ class Pool:
         self.used_at = time.monotonic()  # when the last of them ended
         self._desired: dict[str, Adapter] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._ends: set[asyncio.Task[None]] = set()  # of leavers; among the tasks
         self._bring: Callable[[], Awaitable[None]] | None = None
         self._started = False
         self._waiting = 0  # requests, for it to wake
@@ -255,11 +256,13 @@ class Pool:
             await self._until_others_answer([replica for replica in self.replicas if replica not in new])
 
     async def stop(self) -> None:
-        """Ends the workers. Returns when they are gone."""
-        for task in self._tasks:
+        """Ends the workers, those of leavers too. Returns when they are gone."""
+        for task in self._tasks - self._ends:
             task.cancel()
+        for leaver in self.leavers:
+            leaver.cut_off()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(replica.engine.stop() for replica in (*self.replicas, *self.leavers)))
+        await asyncio.gather(*(replica.engine.stop() for replica in self.replicas))
         self._started = False
 
     def _take_in(self, replicas: Sequence[Replica]) -> None:
@@ -287,12 +290,15 @@ class Pool:
     def _let_go(self, replica: Replica) -> asyncio.Task[None]:
         self.replicas = tuple(other for other in self.replicas if other is not replica)
         self.leavers.append(replica)
-        return self._spawn(self._end(replica), f"end {replica.name}")
+        ending = self._spawn(self._end(replica), f"end {replica.name}")
+        self._ends.add(ending)
+        ending.add_done_callback(self._ends.discard)
+        return ending
 
     async def _end(self, replica: Replica) -> None:
         log.info("replica %s: leaves; %d replies are under way", replica.name, replica.in_flight)
         if not await replica.drain(DRAIN_S):
-            log.warning("replica %s: %d replies are cut off after %g s", replica.name, replica.in_flight, DRAIN_S)
+            log.warning("replica %s: %d replies are cut off", replica.name, replica.in_flight)
         await replica.engine.stop()
         self.leavers.remove(replica)
         log.info("replica %s: is gone", replica.name)

@@ -139,6 +139,10 @@ class Replica(Member):
         """How many tuned models it serves."""
         return sum(map(self.engine.serves, list(self.engine.adapters)))  # copied: metrics are read on another thread
 
+    def cut_off(self) -> None:
+        """Ends `drain` now, whatever runs."""
+        self._drained.set()
+
     async def drain(self, timeout_s: float) -> bool:
         """It takes no new request; whether those that run were over in time."""
         self.leaving = True

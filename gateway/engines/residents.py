@@ -12,7 +12,9 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 from gateway.engines.pool import Pool
 from gateway.errors import EngineUnavailable
@@ -76,7 +78,7 @@ class Residents:
         """Stops an engine for good."""
         resident = self._residents.pop(name, None)
         if resident is not None:
-            await resident.engine.stop()
+            await _whole(resident.engine.stop())
 
     def resize(self, name: str, memory_bytes: int) -> None:
         """An engine has more or fewer replicas than it had."""
@@ -131,7 +133,7 @@ class Residents:
             if one.engine.uses:  # since the one before it was stopped
                 continue
             log.info("engine %s: stopped, to make room for %s", one.engine.name, name)
-            await one.engine.stop()
+            await _whole(one.engine.stop())
         if self._used_bytes() + needed > self._budget:
             raise EngineUnavailable(
                 f"'{name}' needs some {needed} bytes of memory; those that were idle are asked for again",
@@ -151,4 +153,15 @@ class Residents:
                         continue
                     if time.monotonic() - engine.used_at >= limit_s:
                         log.info("engine %s: stopped after %g s without a request", engine.name, limit_s)
-                        await engine.stop()
+                        await _whole(engine.stop())
+
+
+async def _whole(work: Coroutine[Any, Any, None]) -> None:
+    """Awaits `work` to its end. Who is cancelled meanwhile (a job is, or its time is up) is so only then: no engine is left
+    half stopped."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise

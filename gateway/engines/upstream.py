@@ -46,6 +46,7 @@ class Upstream:
         self._served_name = served_name or name
         self._deadlines = deadlines
         self._retired = False
+        self._asking = 0  # requests that have no answer yet; between two tries no server has them
         # No proxy and no .netrc from the environment: they would choose a host, or a key. Certificates are the system's,
         # or those that SSL_CERT_FILE names.
         self._http = httpx.AsyncClient(
@@ -65,6 +66,16 @@ class Upstream:
 
         Raises EngineUnavailable, EngineTimeout and EngineError; what the servers themselves refuse is an answer.
         """
+        if self._http.is_closed:  # the settings changed since it was looked up
+            raise EngineUnavailable(f"'{self.name}' is answered for by others now; ask again", retry_after_s=1)
+        self._asking += 1
+        try:
+            return await self._ask(path, body)
+        finally:
+            self._asking -= 1
+            await self._close_when_idle()
+
+    async def _ask(self, path: str, body: dict[str, Any]) -> UpstreamReply:
         try:
             raw = orjson.dumps({**body, "model": self._served_name})
         except orjson.JSONEncodeError:
@@ -148,7 +159,7 @@ class Upstream:
         return reply
 
     async def _close_when_idle(self) -> None:
-        if self._retired and not any(server.in_flight for server in self.servers):
+        if self._retired and not self._asking and not any(server.in_flight for server in self.servers):
             await self._http.aclose()
 
 

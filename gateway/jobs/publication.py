@@ -150,7 +150,8 @@ class Publication:
         return _Candidate(row, Adapter(row.engine_name, path, job.base, digest), bundle)
 
     async def _load(self, job: Job, candidate: _Candidate, stop: asyncio.Event) -> None:
-        """Has the engine load and verify. Waits for an engine that is not there, but not for ever.
+        """Has the engine load and verify. Waits for an engine that is not there, but not for ever; for one that sleeps while
+        another job trains, as long as that takes.
 
         Raises AdapterRejected, JobFailed, JobCancelled.
         """
@@ -168,12 +169,20 @@ class Publication:
                 return
             except EngineError as error:
                 logger.warning("job %s: %s", job.id, error.message)
-                if time.monotonic() > deadline:
+                if self._sleeps(job.base):
+                    deadline = time.monotonic() + self.engine_wait_s
+                elif time.monotonic() > deadline:
                     raise JobFailed(
                         "engine_unavailable",
                         f"The model was trained, but no engine loaded it within {self.engine_wait_s:g} s: {error.message}",
                     ) from error
             await _unless_stopped(asyncio.sleep(ENGINE_RETRY_S), stop)
+
+    def _sleeps(self, base: str) -> bool:
+        try:
+            return self.engines(base).asleep
+        except EngineError:
+            return False
 
     async def _commit(self, job: Job, result: Result, loaded: list[_Candidate]) -> None:
         metrics = await self.store.read(lambda connection: event_statements.select_metrics(connection, job.id))

@@ -51,15 +51,14 @@ class Sharing:
         if self._policy != "sleep":
             yield
             return
-        async with self._changing:
-            self._training += 1
-            if self._training == 1:
-                await self._sleep(tell)
+        self._training += 1
         try:
-            yield
-        finally:
             async with self._changing:
-                self._training -= 1
+                await self._sleep(tell)
+            yield
+        finally:  # whatever went wrong, an event that could not be written among it: nobody sleeps for a job that is over
+            self._training -= 1
+            async with self._changing:
                 if not self._training:
                     await self._wake(tell)
 
@@ -104,14 +103,17 @@ class Sharing:
 
     async def _wake(self, tell: Tell) -> None:
         asleep, self._asleep = self._asleep, []
+        told: list[tuple[str, Level]] = []
         for engine in asleep:
-            began = time.monotonic()
+            name, began = engine.base.name, time.monotonic()
             try:
                 await engine.wake()
-            except EngineError as error:  # its process is watched: it will be started again
-                await tell(f"The engine of '{engine.base.name}' was not woken: {error.message}", "warn")
+            except EngineError as error:
+                told.append((f"The engine of '{name}' was not woken, and is started again: {error.message}", "warn"))
             else:
-                await tell(f"The engine of '{engine.base.name}' is awake ({time.monotonic() - began:.1f} s)", "info")
+                told.append((f"The engine of '{name}' is awake ({time.monotonic() - began:.1f} s)", "info"))
+        for message, level in told:
+            await tell(message, level)
 
     def _engines(self) -> list[tuple[str, Engine]]:
         """Those that are started here."""

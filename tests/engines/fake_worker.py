@@ -29,6 +29,7 @@ def main() -> None:
     if misdeed == "ignores-sigterm":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     digest = "sha256:other" if misdeed == "wrong-digest" else "sha256:base"
+    sleeps = misdeed in ("sleeps", "never-wakes")
     key = Path(options["--key-file"]).read_text()
 
     class Handler(BaseHTTPRequestHandler):
@@ -37,9 +38,18 @@ def main() -> None:
         def do_GET(self) -> None:
             allowed = self.headers["authorization"] == f"Bearer {key}" or self.path == "/health"
             models = {"data": [{"id": options["--served-name"], "parent": None}]}
-            bodies = {"/health": {}, "/version": {"base_digest": digest, "max_model_len": 64}, "/v1/models": models}
-            body = json.dumps(bodies[self.path]).encode() if allowed else b"{}"
-            self.send_response(200 if allowed else 401)
+            version = {"base_digest": digest, "max_model_len": 64, "sleeps": sleeps}
+            bodies = {"/health": {}, "/version": version, "/v1/models": models, "/is_sleeping": {"is_sleeping": False}}
+            self.answer(200 if allowed else 401, json.dumps(bodies[self.path]).encode() if allowed else b"{}")
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"] or 0))
+            known = sleeps and self.path.startswith(("/sleep?", "/wake_up"))
+            ill = misdeed == "never-wakes" and self.path == "/wake_up"
+            self.answer(500 if ill else 200 if known else 404, b"{}")
+
+        def answer(self, status: int, body: bytes) -> None:
+            self.send_response(status)
             self.send_header("content-length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from gateway.engines.engine import Engine, Standing
 from gateway.engines.kinds import llama_engine
 from gateway.engines.llama_launch import LLAMA_COMMAND
 from gateway.engines.witness import WitnessMismatch
-from gateway.errors import EngineTimeout, EngineUnavailable
+from gateway.errors import EngineError, EngineTimeout, EngineUnavailable
 from tests.engines.parts import (
     QUICK,
     as_adapter,
@@ -221,3 +222,34 @@ async def test_a_stopped_worker_gives_timeouts_and_then_is_replaced(engine: Engi
     await until(lambda: not engine.ready, 10)
     await engine.wait_ready(START_S)
     assert not is_alive(pid)
+
+
+async def test_an_adapter_that_is_desired_again_while_it_is_dropped_stays(engine: Engine, tmp_path: Path) -> None:
+    adapter = await witnessed_adapter(engine, tmp_path, "a")
+    await engine.ensure_adapter(adapter)
+    engine.take(adapter.engine_name)  # a reply is under way
+    dropping = asyncio.create_task(engine.drop_adapter(adapter.engine_name))
+    await until(lambda: not engine.serves(adapter.engine_name))
+    await engine.ensure_adapter(adapter)
+    engine.release(adapter.engine_name)
+    await dropping
+    assert engine.serves(adapter.engine_name) and await loaded(engine) == {adapter.engine_name}
+
+
+async def test_one_that_does_not_wake_is_started_again(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    base = PreparedBase("a", tmp_path, tmp_path / "model.gguf", "sha256:base", "LlamaForCausalLM", 64, "", (2,))
+    command = (sys.executable, "-m", "tests.engines.fake_worker", "never-wakes")
+    engine = llama_engine(base, tmp_path / "engine", command=command, timings=QUICK)
+    await engine.start()
+    try:
+        await engine.wait_ready(START_S)
+        before = engine.pid
+        await engine.sleep()
+        assert engine.state == "asleep"
+        with pytest.raises(EngineError, match="wake_up"):
+            await engine.wake()
+        await engine.wait_ready(START_S)
+        assert engine.state == "ready" and engine.pid != before
+    finally:
+        await engine.stop()

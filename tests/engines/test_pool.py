@@ -91,7 +91,11 @@ async def read(client: EngineClient, body: dict[str, Any] | None = None) -> list
         stream.cancel()
 
 
-@pytest.mark.parametrize("answer", [b"", HEAD, refusal(500), refusal(502), refusal(503), refusal(429)])
+# What vLLM's front sends when its engine has died: an error as the first event of a stream.
+GONE = HEAD + event(b'{"error":{"message":"EngineCore is gone","code":500}}') + event(b"[DONE]") + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize("answer", [b"", HEAD, GONE, refusal(500), refusal(502), refusal(503), refusal(429)])
 async def test_what_fails_before_the_first_event_is_asked_of_another(answer: bytes) -> None:
     bad, good = Fake(answer), Fake(reply("good"))
     async with served(bad, good) as (client, pool):
@@ -209,6 +213,26 @@ async def test_one_that_leaves_answers_its_last_requests_and_no_other() -> None:
         stream.cancel()
         await asyncio.wait_for(stopped.wait(), 5)
         await until(lambda: not pool.leavers, 5)
+
+
+async def test_a_pool_that_is_stopped_ends_its_leavers_and_their_places_are_free_again() -> None:
+    stops: list[str] = []
+    ending = asyncio.Event()
+
+    async def stop() -> None:
+        ending.set()
+        await asyncio.sleep(0.1)
+        stops.append("whole")
+
+    waiting, gone = At(1), At(2)
+    waiting.stop = gone.stop = stop  # type: ignore[attr-defined]
+    pool = pool_of(waiting, gone)
+    pool.replicas[0].in_flight = 1
+    await pool.change(pool.replicas, [])
+    await asyncio.wait_for(ending.wait(), 5)
+    await pool.stop()
+    assert stops == ["whole", "whole"], "one whose last reply runs is not waited for, one that ends is not cut short"
+    assert pool.leavers == []
 
 
 class Startable(At):

@@ -138,6 +138,22 @@ async def test_one_that_is_asked_for_while_room_is_made_is_not_stopped(make: Mak
     assert b.engine.ready and worker(b).restarts == 0 and not large.engine.started
 
 
+async def test_who_gives_up_while_room_is_made_leaves_no_engine_half_stopped(make: MakeResident) -> None:
+    residents = Residents(memory_bytes=10, start_wait_s=10)
+    a, b = make("a", 6), make("b", 6)
+    for resident in (a, b):
+        await residents.add(resident)
+    await a.engine.hold()
+    a.engine.release()
+    asking = asyncio.create_task(b.engine.hold())
+    worker(a).on_change(lambda engine: asking.cancel() if engine.state == "stopping" else False)
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    assert not a.engine.started and worker(a).state == "stopped" and b.engine.uses == 0
+    await a.engine.hold()
+    assert a.engine.ready
+
+
 async def test_idle_ones_are_unloaded_and_come_back(make: MakeResident) -> None:
     residents = Residents()
     brief, lasting = make("brief", idle_unload_s=0.2), make("lasting", idle_unload_s=None)

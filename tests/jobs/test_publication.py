@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from gateway.bases import PreparedBase
+from gateway.engines.adapters import Adapter
 from gateway.engines.control import EngineControl
 from gateway.engines.engine import Engine
+from gateway.engines.pool import ENSURE_TIMEOUT_S, Pool
+from gateway.engines.witness import WitnessReport
+from gateway.errors import EngineUnavailable
 from gateway.jobs.barrier import VARIABLE
 from gateway.jobs.names import checkpoint_name, model_name
 from gateway.store import files as file_statements
@@ -141,6 +146,34 @@ async def test_a_trained_job_waits_for_an_engine_that_is_not_there_yet(
         assert (await shop.job(job.id)).status == "running"
         shop.engine_is_there = True
         await shop.wait_for(job.id, "succeeded")
+
+
+class Sleeping(Pool):
+    """Sleeps, as while another job trains, until it was asked once."""
+
+    asked = 0
+
+    @property
+    def asleep(self) -> bool:
+        return self.asked == 1
+
+    async def ensure_adapter(
+        self, adapter: Adapter, witness: bool = True, timeout_s: float = ENSURE_TIMEOUT_S
+    ) -> WitnessReport | None:
+        self.asked += 1
+        if self.asleep:
+            raise EngineUnavailable("it sleeps while a job trains")
+        return await super().ensure_adapter(adapter, witness, timeout_s)
+
+
+async def test_a_trained_job_waits_for_an_engine_that_sleeps_for_another_job_however_long_that_trains(
+    tmp_path: Path, base: PreparedBase, engine: Engine, adapter: Path
+) -> None:
+    async with open_workshop(tmp_path, base, engine, Plan(adapter=str(adapter))) as shop:
+        shop.pool = Sleeping("tiny", shop.pool.replicas)
+        supervisor = shop.supervisor
+        supervisor._publication = replace(supervisor._publication, engine_wait_s=0.0)
+        await shop.wait_for((await shop.create()).id, "succeeded")
 
 
 async def test_a_job_that_waits_for_its_engine_can_be_cancelled(
