@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import logging
 import os
 import secrets
 import string
@@ -31,6 +32,7 @@ from gateway.store.datadir import DataDir
 from gateway.store.keys import KeyRow
 from gateway.store.metering import GROUPS, Kind, sum_counts
 
+log = logging.getLogger("tunegate.keys")
 T = TypeVar("T")
 
 WATCH_S = 0.5
@@ -140,6 +142,8 @@ class Keyring:
                     await self.reload()
                 except StoreUnavailable:
                     continue  # no request is answered either before it was read
+                except Exception:  # the boundary of a task: streams of keys that are revoked must not run on
+                    log.exception("the keys cannot be read; tried again")
 
 
 # what the command does, in a process that is not the server

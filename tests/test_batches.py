@@ -162,14 +162,16 @@ def test_an_idempotency_key_makes_one_upload_one_file_and_one_batch(own: Server)
 def test_a_batch_answers_every_line_as_its_endpoint_would_and_tells_failures_apart(own: Server) -> None:
     good, bad = (
         lines(5),
-        lines(1, max_tokens=-1).replace(b"line-0", b"bad-1") + lines(1, stream=True).replace(b"line-0", b"bad-2"),
+        lines(1, max_tokens=-1).replace(b"line-0", b"bad-1")
+        + lines(1, stream=True).replace(b"line-0", b"bad-2")
+        + lines(1, background=True).replace(b"line-0", b"bad-3"),
     )
     batch = create(own, good + b"\n" + bad, metadata={"for": "test"})
     assert batch.status in ("validating", "in_progress") and batch.metadata == {"for": "test"}
     batch = ended(own, batch)
     assert batch.status == "completed", batch
     assert batch.request_counts is not None and batch.usage is not None
-    assert (batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed) == (7, 5, 2)
+    assert (batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed) == (8, 5, 3)
     answered = rows_of(own, batch.output_file_id)
     assert [row["custom_id"] for row in answered] == [f"line-{n}" for n in range(5)]
     live = own.client().chat.completions.create(
@@ -183,7 +185,7 @@ def test_a_batch_answers_every_line_as_its_endpoint_would_and_tells_failures_apa
     assert response["body"]["choices"][0]["message"]["content"] == live.choices[0].message.content
     assert batch.usage.total_tokens == sum(row["response"]["body"]["usage"]["total_tokens"] for row in answered)
     failed = {row["custom_id"]: row["response"]["body"]["error"]["param"] for row in rows_of(own, batch.error_file_id)}
-    assert failed == {"bad-1": "max_tokens", "bad-2": "stream"}
+    assert failed == {"bad-1": "max_tokens", "bad-2": "stream", "bad-3": "background"}
     assert batch.id in {found.id for found in own.client().batches.list()}
 
 

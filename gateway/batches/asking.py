@@ -26,6 +26,7 @@ RETRIED = (429, 500, 502, 503, 504)
 UNLIMITED = (429, 503)  # waited for until the batch expires; others are tried MAX_TRIES times
 MAX_TRIES = 3
 MAX_WAIT_S = 60.0
+WITHOUT_A_REPLY = ("stream", "background")  # what would leave a line without its whole reply
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,10 @@ class Answer:
 
 async def ask_line(app: App, endpoint: str, caller: Caller, ask: Ask) -> Line:
     """What became of a line, after waiting out what passes."""
-    if ask.body.get("stream"):
-        message = "A batch has no streams: leave 'stream' out of its requests."
-        error = {"message": message, "type": "invalid_request_error", "param": "stream", "code": None}
+    param = next((name for name in WITHOUT_A_REPLY if ask.body.get(name)), None)
+    if param is not None:
+        message = f"Each line of a batch is answered whole and at once: leave '{param}' out of its requests."
+        error = {"message": message, "type": "invalid_request_error", "param": param, "code": None}
         refusal = Answer(400, "req_" + secrets.token_hex(16), 0, orjson.dumps({"error": error}))
         return _line(ask, refusal)
     tries = 0

@@ -231,7 +231,11 @@ class Runner:
         elif batch.times.get("finalizing", 0) >= batch.expires_at:
             end = "expired"
         output = await self._blobs.put(self._texts(batch, failed=False))
-        errors = await self._blobs.put(self._texts(batch, failed=True))
+        try:
+            errors = await self._blobs.put(self._texts(batch, failed=True))
+        except BaseException:
+            self._blobs.release(output)
+            raise
 
         def publish(connection: Connection) -> None:
             now = int(time.time())

@@ -194,8 +194,12 @@ async def _merge(generations: list[Generation], shown: _Progress) -> AsyncIterat
             async with asyncio.TaskGroup() as group:
                 for number, generation in enumerate(generations):
                     group.create_task(pump(number, generation))
-        finally:
+        except asyncio.CancelledError:
+            raise  # nobody takes from the queue any more
+        except BaseException:
             await queue.put(None)
+            raise
+        await queue.put(None)
 
     pumping = asyncio.create_task(pump_all())
     try:
