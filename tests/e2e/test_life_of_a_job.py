@@ -99,8 +99,9 @@ def test_the_sdk_walks_the_whole_life_of_a_job(server: Server, base: str) -> Non
     assert tuned not in [model.id for model in client.models.list()]
     with pytest.raises(NotFoundError):
         training.ask(client, tuned, "What is cedar 2?")
+    assert client.models.delete(tuned).deleted  # as often as one likes
     with pytest.raises(NotFoundError):
-        client.models.delete(tuned)
+        client.models.delete("ft:nobody::0")
     assert client.fine_tuning.jobs.retrieve(job.id).status == "succeeded"
     assert client.files.delete(file.id).deleted
     with pytest.raises(NotFoundError):

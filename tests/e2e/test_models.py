@@ -24,10 +24,10 @@ TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
-# Each engine counts with more than 256 MiB, so one fits, and two do not.
+# Each engine counts with 512 MiB for computed prompts and 256 more, so one fits, and two do not.
 SETTINGS = """
 [limits]
-engine_memory_bytes = 400_000_000
+engine_memory_bytes = 1_000_000_000
 [bases.first]
 idle_unload_s = 1.5
 [bases.patient]
