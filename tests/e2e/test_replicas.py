@@ -209,9 +209,9 @@ def test_bad_settings_are_refused_with_a_log_line_and_the_old_ones_stay(two: Gat
         (vllm, "taken at the next start only"),
     ):
         two.reload(wrong)
-        until(lambda: words in two.log_tail(4), f"the log says: {words}", 20)  # noqa: B023
+        until(lambda: words in two.log_tail(200), f"the log says: {words}", 20)  # noqa: B023
     two.reload(settings(2, two.metrics_port, "organization = 'other'"))
-    until(lambda: "taken at the next start: organization" in two.log_tail(4), "what is not taken is named", 20)
+    until(lambda: "taken at the next start: organization" in two.log_tail(200), "what is not taken is named", 20)
     assert [two.pid_of(place) for place in (1, 2)] == before
     assert two.ready_replicas() == 2
 
