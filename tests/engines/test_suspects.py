@@ -12,6 +12,9 @@ import pytest
 from gateway.engines.adapters import Adapter, AdapterRejected
 from gateway.engines.client import Deadlines, EngineClient
 from gateway.engines.engine import Engine, Standing
+from gateway.engines.kinds import llama_engine
+from gateway.engines.pool import Pool
+from gateway.engines.replica import Replica
 from gateway.errors import EngineError
 from tests.engines.crashing_worker import POISON
 from tests.engines.parts import ANYTHING_GOES, QUICK, as_adapter, tiny_base, until, write_adapter
@@ -32,7 +35,9 @@ async def desired(tmp_path: Path) -> list[Adapter]:
 def engine_of(tmp_path: Path) -> Engine:
     base, timings = tiny_base(tmp_path / "base"), replace(QUICK, backoff_max_s=0.1)
     folder = tmp_path / "engine"
-    return Engine(base, folder, max_seqs=2, threads=1, command=CRASHING, timings=timings, tolerances=ANYTHING_GOES)
+    return llama_engine(
+        base, folder, max_seqs=2, threads=1, command=CRASHING, timings=timings, tolerances=ANYTHING_GOES
+    )
 
 
 async def test_an_adapter_that_kills_the_worker_is_tried_twice_and_the_others_come_up(
@@ -71,7 +76,8 @@ async def test_a_crash_in_the_midst_of_replies_is_an_error_of_each_and_the_adapt
 ) -> None:
     engine = engine_of(tmp_path)
     engine.set_desired([desired[0]])
-    client = EngineClient(lambda: engine.endpoint, Deadlines(first_token_s=60, between_tokens_s=60))
+    pool = Pool(engine.base.name, [Replica("the one", engine)])
+    client = EngineClient(pool, Deadlines(first_token_s=60, between_tokens_s=60))
     fields = {"max_tokens": 400, "temperature": 0, "ignore_eos": True, "stream": True, "return_token_ids": True}
     alive = {"model": desired[0].engine_name, "prompt": [1, 5, 6], "logit_bias": {str(POISON): -100}, **fields}
     await engine.start()
