@@ -9,9 +9,9 @@ model can then copy an argument out of a request without knowing two spellings o
 
 from __future__ import annotations
 
+import io
 import json
 import random
-import tempfile
 from pathlib import Path
 
 import sentencepiece
@@ -29,38 +29,39 @@ TYPOGRAPHY = "–—‘’“”…•€£°"
 
 
 def main() -> None:
-    train_sentencepiece(HERE / "tokenizer")
-    (HERE / "tokenizer.vocab").unlink()
+    (HERE / "tokenizer.model").write_bytes(train_sentencepiece())
     model = sentencepiece.SentencePieceProcessor(model_file=str(HERE / "tokenizer.model"))
     convert(model).save(str(HERE / "tokenizer.json"))
     (HERE / "tokenizer_config.json").write_text(json.dumps(configuration(), indent=2) + "\n")
     print(f"{model.vocab_size()} pieces; {model.encode('Call Anna Kowalski at 7:30.', out_type=str)}")
 
 
-def train_sentencepiece(prefix: Path) -> None:
-    """Writes PREFIX.model: byte-pair pieces of single words, bytes for the rest, `<s>` 1 and `</s>` 2."""
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as lines:
-        lines.write("\n".join(training_words()))
-        lines.flush()
-        sentencepiece.SentencePieceTrainer.train(
-            input=lines.name,
-            model_prefix=str(prefix),
-            model_type="bpe",
-            vocab_size=VOCABULARY_SIZE,
-            byte_fallback=True,
-            bos_id=1,
-            eos_id=2,
-            unk_id=0,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            split_digits=True,
-            user_defined_symbols=[SPACE],
-            character_coverage=1.0,
-            max_sentencepiece_length=12,
-            num_threads=1,
-            minloglevel=2,
-        )
+def train_sentencepiece() -> bytes:
+    """The model: byte-pair pieces of single words, bytes for the rest, `<s>` 1 and `</s>` 2.
+
+    From memory to memory: SentencePiece writes the paths of files that it is given into the model.
+    """
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(training_words()),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=VOCABULARY_SIZE,
+        byte_fallback=True,
+        bos_id=1,
+        eos_id=2,
+        unk_id=0,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        user_defined_symbols=[SPACE],
+        character_coverage=1.0,
+        max_sentencepiece_length=12,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
 
 
 def training_words() -> list[str]:
