@@ -1,9 +1,7 @@
-"""The hot path to an engine: one POST, its event stream read frame by frame from the socket. Runs on the gateway's loop.
+"""The hot path to an engine: one POST, and its event stream frame by frame (see `connection`). Runs on the gateway's loop.
 
-Which of a base's engines is asked, its router says; until the first frame has come another may be asked in its place.
-
-A raw asyncio protocol with httptools' parser, since every layer more costs microseconds a token. Frames that arrived together
-are handed over together; a slow reader pauses the socket, so nothing grows without bound.
+Which of a base's engines is asked, its router says; until the first frame has come another may be asked in its place. Frames
+that arrived together are handed over together; a slow reader pauses the socket, so nothing grows without bound.
 """
 
 from __future__ import annotations
@@ -14,15 +12,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
-import httptools
 import orjson
 
-from gateway.access import TRACEPARENT
+from gateway.engines.connection import Connection, request_bytes
 from gateway.errors import EngineError, EngineTimeout, EngineUnavailable, RequestError, TunegateError
 
 log = logging.getLogger(__name__)
 
-_PAUSE_AT, _FRAME_LIMIT_BYTES = 256, 32 * 1024 * 1024
+_PAUSE_AT = 256
 _IDLE_LIMIT = 64
 
 
@@ -112,29 +109,29 @@ class EngineClient:
         if replica.served_name is not None and body["model"] == self._router.name:
             body = {**body, "model": replica.served_name}
         try:
-            return _request(endpoint, path, orjson.dumps(body))
+            return request_bytes(endpoint, path, orjson.dumps(body))
         except orjson.JSONEncodeError:  # what a client may send is checked everywhere but for this
             raise RequestError("The request holds something that is nested too deeply.") from None
 
-    def reuse(self, replica: Replica, endpoint: Endpoint) -> _Connection | None:
+    def reuse(self, replica: Replica, endpoint: Endpoint) -> Connection | None:
         while replica.idle:
-            connection: _Connection = replica.idle.pop()
+            connection: Connection = replica.idle.pop()
             if connection.usable and connection.endpoint == endpoint:
                 return connection
             connection.abort()
         return None
 
-    def keep(self, replica: Replica, connection: _Connection) -> None:
+    def keep(self, replica: Replica, connection: Connection) -> None:
         if len(replica.idle) < _IDLE_LIMIT and connection.usable:
             replica.idle.append(connection)
         else:
             connection.abort()
 
-    async def connect(self, endpoint: Endpoint) -> _Connection:
+    async def connect(self, endpoint: Endpoint) -> Connection:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._deadlines.connect_s):
-                _, protocol = await loop.create_connection(lambda: _Connection(endpoint), endpoint.host, endpoint.port)
+                _, protocol = await loop.create_connection(lambda: Connection(endpoint), endpoint.host, endpoint.port)
         except (OSError, TimeoutError) as error:
             log.warning("engine at %s:%d: cannot be reached: %s", endpoint.host, endpoint.port, error)
             raise EngineUnavailable("the engine cannot be reached", retry_after_s=1) from error
@@ -154,7 +151,7 @@ class EngineStream:
     def __init__(self, client: EngineClient, body: dict[str, Any], path: str, deadlines: Deadlines) -> None:
         self._client, self._body, self._path = client, body, path
         self._replica: Replica | None = None
-        self._connection: _Connection | None = None
+        self._connection: Connection | None = None
         self._kept = False  # the connection had carried a reply before
         self._retried = False
         self._loop = asyncio.get_running_loop()
@@ -310,7 +307,7 @@ class EngineStream:
         """The response ended as HTTP says it should."""
         if self._obstacle is not None or self._over:
             return
-        replica, connection = self._replica, cast(_Connection, self._connection)
+        replica, connection = self._replica, cast(Connection, self._connection)
         self._end()
         if self._error is None and not self._done:
             self._error = EngineError("the engine ended its stream before it was complete")
@@ -372,137 +369,6 @@ class EngineStream:
             if self._replica is not None:
                 self._replica.failed("timeout")
             self.on_error(EngineTimeout(f"the engine took longer than {limit:g} s {what}"))
-
-
-class _Connection(asyncio.Protocol):
-    """One socket to an engine. It carries one stream at a time."""
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        self.endpoint = endpoint
-        self.paused = False
-        self._transport: asyncio.Transport | None = None
-        self._stream: EngineStream | None = None
-        self._buffer = b""
-        self._status = 0
-        self._retry_after: int | None = None
-        self._whole = True  # the answer is one JSON body, not an event stream
-        self._parts: list[bytes] = []
-        self._size_bytes = 0
-
-    @property
-    def usable(self) -> bool:
-        return self._transport is not None and not self._transport.is_closing()
-
-    def start(self, stream: EngineStream, request: bytes) -> None:
-        self._stream = stream
-        self._buffer, self._status, self._retry_after = b"", 0, None
-        self._whole, self._parts, self._size_bytes = True, [], 0
-        self._parser = httptools.HttpResponseParser(self)
-        if self._transport is None or self._transport.is_closing():
-            self._stream = None
-            stream.on_lost()
-        else:
-            self._transport.write(request)
-
-    def abort(self) -> None:
-        self._stream = None
-        if self._transport is not None:
-            self._transport.abort()
-
-    def pause(self) -> None:
-        if not self.paused and self.usable:
-            self.paused = True
-            cast(asyncio.Transport, self._transport).pause_reading()
-
-    def resume(self) -> None:
-        self.paused = False
-        if self.usable:
-            cast(asyncio.Transport, self._transport).resume_reading()
-
-    # asyncio.Protocol
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-
-    def data_received(self, data: bytes) -> None:
-        stream = self._stream
-        if stream is None:
-            self.abort()  # an engine that speaks unasked
-            return
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
-            stream.on_error(EngineError(f"the engine's answer is not HTTP: {error}"))
-            return
-        if self._stream is stream:
-            stream.on_batch()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        stream, self._stream = self._stream, None
-        if stream is not None:
-            stream.on_lost()
-
-    # httptools
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        name = name.lower()
-        if name == b"retry-after" and value.isdigit():
-            self._retry_after = int(value)
-        elif name == b"content-type":
-            self._whole = not value.startswith(b"text/event-stream")
-
-    def on_headers_complete(self) -> None:
-        self._status = self._parser.get_status_code()
-
-    def on_body(self, body: bytes) -> None:
-        if self._whole:
-            self._parts.append(body)
-            self._size_bytes += len(body)
-            if self._size_bytes > _FRAME_LIMIT_BYTES and self._stream is not None:
-                self._stream.on_error(EngineError(f"the engine answered with more than {_FRAME_LIMIT_BYTES} bytes"))
-            return
-        if self._buffer:
-            body = self._buffer + body
-        *events, rest = body.split(b"\n\n")
-        self._buffer = rest
-        stream = self._stream
-        if stream is None:
-            return
-        for event in events:
-            if event.startswith(b"data: ") and b"\n" not in event:
-                stream.on_event(event[6:])
-            elif payload := _payload(event):
-                stream.on_event(payload)
-        if len(rest) > _FRAME_LIMIT_BYTES:
-            stream.on_error(EngineError(f"the engine sent a frame of more than {_FRAME_LIMIT_BYTES} bytes"))
-
-    def on_message_complete(self) -> None:
-        stream, self._stream = self._stream, None
-        if stream is None:
-            return
-        if self._status != 200:
-            stream.on_refusal(self._status, self._retry_after, b"".join(self._parts) or self._buffer)
-        elif self._whole:
-            stream.on_event(b"".join(self._parts))
-            stream.on_event(b"[DONE]")
-        stream.on_complete()
-
-
-def _request(endpoint: Endpoint, path: str, body: bytes) -> bytes:
-    traceparent = TRACEPARENT.get()
-    trace = "" if traceparent is None else f"traceparent: {traceparent}\r\n"
-    head = (
-        f"POST {path} HTTP/1.1\r\nhost: {endpoint.host}:{endpoint.port}\r\n"
-        f"authorization: Bearer {endpoint.key}\r\ncontent-type: application/json\r\n"
-        f"{trace}content-length: {len(body)}\r\n\r\n"
-    )
-    return head.encode("latin-1") + body
-
-
-def _payload(event: bytes) -> bytes:
-    """The data of an event written in any other way that server-sent events allow (comments have none)."""
-    lines = event.replace(b"\r\n", b"\n").split(b"\n")
-    return b"\n".join(line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:"))
 
 
 def _error_message(body: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import stat
@@ -226,6 +227,7 @@ async def test_records_that_make_no_sense_are_taken_as_absent(tmp_path: Path, co
         (tmp_path / "engine" / name).write_bytes(content)
     async with running(tmp_path) as engine:
         await engine.wait_ready(30)
+        assert json.loads((tmp_path / "engine/spawn.json").read_bytes())["pid"] == engine.pid
 
 
 async def test_a_log_that_grew_long_is_put_aside_at_the_next_start(tmp_path: Path) -> None:

@@ -173,7 +173,9 @@ async def test_a_trained_job_waits_for_an_engine_that_sleeps_for_another_job_how
         shop.pool = Sleeping("tiny", shop.pool.replicas)
         supervisor = shop.supervisor
         supervisor._publication = replace(supervisor._publication, engine_wait_s=0.0)
-        await shop.wait_for((await shop.create()).id, "succeeded")
+        job = await shop.wait_for((await shop.create()).id, "succeeded")
+        assert shop.pool.asked > 1  # asleep the first time
+        assert job.fine_tuned_model in [row.name for row in await shop.models()]
 
 
 async def test_a_job_that_waits_for_its_engine_can_be_cancelled(

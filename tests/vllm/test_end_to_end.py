@@ -174,6 +174,7 @@ async def test_a_reply_whose_client_left_is_ended_within_a_second_also_before_it
         await asyncio.gather(waiting, return_exceptions=True)  # its socket is closed
         await until_it_has(engine, (MAX_SEQS, 0), 1)
     await until_it_has(engine, (0, 0), 1)
+    assert await running(engine.endpoint) == (0, 0)
 
 
 async def until_it_has(engine: Engine, wanted: tuple[int, int], timeout_s: float) -> None:
