@@ -6,6 +6,7 @@
     template/       the template bundle that prompts are rendered through: template.json, tokenizer.json
     check.json      what `python -m trainer JOB_DIR --check` found: counts, resolved hyperparameters, or the error
     attempts/N/events.jsonl     one file an attempt, one JSON object a line, keyed (attempt, seq)
+    start/          where training goes on from: another adapter's adapter_model.safetensors and adapter_config.json
     checkpoints/step-N/         complete or absent: written beside, fsynced, renamed
     adapter/        what training made (see `ADAPTER_FILES`), also complete or absent
     result.json     written last: succeeded, or failed {code, message, param}
@@ -39,6 +40,11 @@ ADAPTER_FILES = (
 
 Auto = Literal["auto"]
 Turns = Literal["all", "last"]
+Method = Literal["supervised", "dpo", "kto", "orpo"]
+Precision = Literal["auto", "f32", "bf16", "fp16"]
+Quantization = Literal["none", "nf4", "int8"]
+Scheduler = Literal["cosine", "linear", "constant"]
+Sharding = Literal["none", "fsdp", "zero2", "zero3"]
 
 
 @dataclass(frozen=True)
@@ -70,14 +76,43 @@ class Hyperparameters:
     n_epochs: int | Auto = "auto"
     batch_size: int | Auto = "auto"
     learning_rate_multiplier: float | Auto = "auto"
+    beta: float | Auto = "auto"  # of dpo, kto and orpo
 
 
 @dataclass(frozen=True)
 class Lora:
+    """`target_modules` is "all-linear", or the modules' last names with commas between them."""
+
     rank: int = 16
     alpha: int = 32
     dropout: float = 0.0
     target_modules: str = "all-linear"
+    use_rslora: bool = False
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to train, beyond OpenAI's hyperparameters."""
+
+    precision: Precision = "auto"  # of the computing; auto: bf16 on a GPU that has it, else f32
+    quantization: Quantization = "none"  # of the base while it is trained on, through bitsandbytes
+    train_on: Literal["assistant", "all"] = "assistant"
+    packing: bool = False  # several conversations in one row, which do not see one another
+    scheduler: Scheduler = "cosine"
+    warmup_ratio: float = 0.05  # of all steps
+    weight_decay: float = 0.0
+    early_stopping_patience: int | None = (
+        None  # full validations without a better loss; the best checkpoint is the result
+    )
+    checkpoint_steps: int | None = None  # a checkpoint every so many steps, beside the one at each epoch's end
+
+
+@dataclass(frozen=True)
+class Launch:
+    """On how many processes of one machine a job trains, and how they share the model."""
+
+    processes: int = 1
+    sharding: Sharding = "none"
 
 
 @dataclass(frozen=True)
@@ -94,10 +129,14 @@ class JobSpec:
     threads: int
     max_length: int
     template_digest: str
-    method: str = "supervised"
+    method: Method = "supervised"
     hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
     lora: Lora = field(default_factory=Lora)
+    options: Options = field(default_factory=Options)
     turns: Turns = "all"  # which of the assistant's are learnt
+    starts_from: str | None = None  # the tuned model or checkpoint whose adapter is in start/
+    launch: Launch = field(default_factory=Launch)
+    integrations: tuple[dict[str, Any], ...] = ()  # as the client sent them; never a secret
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -113,6 +152,9 @@ class JobSpec:
                 "validation_file": FileRef(**validation) if validation else None,
                 "hyperparameters": Hyperparameters(**raw["hyperparameters"]),
                 "lora": Lora(**raw["lora"]),
+                "options": Options(**raw.get("options", {})),
+                "launch": Launch(**raw.get("launch", {})),
+                "integrations": tuple(raw.get("integrations", ())),
             }
         )
 
@@ -139,13 +181,18 @@ class Check:
     n_epochs: int = 0
     batch_size: int = 0
     learning_rate_multiplier: float = 0.0
+    beta: float | None = None  # where the method has one
     total_steps: int = 0
+    estimated_memory_bytes: int = 0  # of the trainer at its peak
+    notes: tuple[str, ...] = ()  # what was found, to be told: the form of the data, counts, the estimate
     warnings: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()  # the first bad lines, each with its number and field
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> Check:
         error = raw.get("error")
-        return cls(**{**raw, "error": TrainerError(**error) if error else None, "warnings": tuple(raw["warnings"])})
+        lists = {name: tuple(raw.get(name, ())) for name in ("notes", "warnings", "problems")}
+        return cls(**{**raw, **lists, "error": TrainerError(**error) if error else None})
 
 
 @dataclass(frozen=True)
@@ -196,6 +243,7 @@ class JobDir:
         self.lock = self.path / "lock"
         self.data = self.path / "data"
         self.template = self.path / "template"
+        self.start = self.path / "start"
         self.attempts = self.path / "attempts"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"

@@ -84,10 +84,11 @@ def _train(job: JobDir, spec: JobSpec, check: Check, events: EventLog, told: set
     # torch, transformers and trl take seconds to import: only a job that will train pays for them
     import torch
 
-    from trainer import model, sft
+    from trainer import loop, model
     from trainer.dataset import load_examples, read_bundle
     from trainer.export.adapter import write_adapter
     from trainer.progress import Progress
+    from trainer.sft import Supervised
 
     torch.set_num_threads(spec.threads)
     bundle = read_bundle(job)
@@ -96,8 +97,9 @@ def _train(job: JobDir, spec: JobSpec, check: Check, events: EventLog, told: set
     if spec.validation_file is not None:
         validation = load_examples(job.path / spec.validation_file.path, bundle, spec.max_length, spec.turns)
     tuned = model.add_lora(model.load_base(spec.base), spec.lora, spec.seed)
-    progress = Progress(events, check, tuned, validation, told)
-    witness = sft.train(sft.Run(job, spec, check, tuned, training, validation), progress)
+    objective = Supervised()
+    progress = Progress(events, check, tuned, validation, told, objective)
+    witness = loop.train(loop.Run(job, spec, check, tuned, training, validation, objective), progress)
     write_adapter(job.adapter, tuned, job, spec, witness.score(tuned))
     events.sync()
 

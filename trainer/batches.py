@@ -1,6 +1,6 @@
 """Conversations → padded tensors in a fixed order.
 
-Place in the flow: dataset → **batches** → sft. One rule: the order of epoch e depends on the seed and e alone, so a resumed
+Place in the flow: dataset → **batches** → loop. One rule: the order of epoch e depends on the seed and e alone, so a resumed
 run sees what an unbroken one would have seen.
 """
 

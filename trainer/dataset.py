@@ -1,6 +1,6 @@
 """A pinned JSONL file → sequences of ids and labels through the one renderer; and what the file is found to be.
 
-Place in the flow: conversations → **dataset** → sft. One rule: ids and labels come from `gateway.chat.render`, nothing here
+Place in the flow: conversations → **dataset** → loop. One rule: ids and labels come from `gateway.chat.render`, nothing here
 adds or takes away a token. No torch: the check runs without it.
 """
 

@@ -1,6 +1,6 @@
 """What a running job says: one line of JSON an event, appended as it happens.
 
-Place in the flow: sft → attempts/N/events.jsonl → the gateway, which follows the file. One rule: a line is written with one
+Place in the flow: loop → attempts/N/events.jsonl → the gateway, which follows the file. One rule: a line is written with one
 call, so that a reader sees it whole or torn at the end, never mixed.
 """
 

@@ -1,7 +1,7 @@
 """The base to train on, as it is served: the tensors of the prepared GGUF, dequantised, or those that vLLM serves; and LoRA.
 
-Place in the flow: prepared base → **model** → sft. One rule: what is trained on is bit for bit what the engine multiplies with,
-so an adapter learns to live with the quantisation.
+Place in the flow: prepared base → **model** → loop. One rule: what is trained on is bit for bit what the engine multiplies
+with, so an adapter learns to live with the quantisation.
 """
 
 from __future__ import annotations

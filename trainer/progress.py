@@ -1,6 +1,6 @@
 """What happens at each step: loss and accuracy told, validation measured, checkpoints asked for, the end foreseen.
 
-Place in the flow: a callback of sft → events. One rule: it watches; nothing here changes what is trained.
+Place in the flow: a callback of loop → events. One rule: it watches; nothing here changes what is trained.
 
 Every step has train loss and accuracy. With a validation file, `valid_*` is measured on one batch of it at some fifty
 steps of a job and at each checkpoint (which batch follows from the step's number), and `full_valid_*` on all of it at the
@@ -22,7 +22,7 @@ from gateway.jobdir import Check, read_json
 from trainer.batches import pad
 from trainer.dataset import Examples
 from trainer.events import EventLog
-from trainer.scoring import Score, evaluating, score
+from trainer.scoring import Objective, Score, evaluating
 
 _PROGRESS_EVERY_S = 2.0
 _VALIDATIONS_PER_JOB = 50
@@ -43,11 +43,18 @@ class Progress(TrainerCallback):
     """One attempt's steps, as events."""
 
     def __init__(
-        self, events: EventLog, check: Check, model: PeftModel, validation: Examples | None, told: set[int]
+        self,
+        events: EventLog,
+        check: Check,
+        model: PeftModel,
+        validation: Examples | None,
+        told: set[int],
+        objective: Objective,
     ) -> None:
         """`told` are the steps whose checkpoint an earlier attempt has announced."""
         self.metrics: dict[str, Any] = {}  # of the last step
         self._events, self._check, self._model, self._validation, self._told = events, check, model, validation, told
+        self._objective = objective
         self._loss, self._correct, self._tokens = 0.0, 0, 0
         self._step_s: deque[float] = deque(maxlen=20)
         self._checkpoint_s = 0.0
@@ -114,10 +121,8 @@ class Progress(TrainerCallback):
         with evaluating(self._model):
             for start in range(0, len(conversations), 8):
                 chunk = [s for number in conversations[start : start + 8] for s in self._validation.sequences(number)]
-                batch = pad(chunk)
-                found = score(
-                    self._model, batch["input_ids"].to(self._model.device), batch["labels"].to(self._model.device)
-                )
+                batch = {name: tensor.to(self._model.device) for name, tensor in pad(chunk).items()}
+                found = self._objective.score(self._model, batch)
                 loss, correct, tokens = loss + float(found.loss), correct + found.correct, tokens + found.tokens
         return {f"{name}_loss": loss / max(1, tokens), f"{name}_mean_token_accuracy": correct / max(1, tokens)}
 

@@ -1,7 +1,7 @@
 """What a model makes of sequences: loss, accuracy, log-probabilities; only trained positions go through the LM head.
 
-Place in the flow: used by sft (with gradients) and by the witness (without). One rule: one path for both, so the numbers that
-are written down are those of the model that was trained. TRL's fused head scores every position, which on a CPU
+Place in the flow: used by the objectives (with gradients) and by the witness (without). One rule: one path for both, so the
+numbers that are written down are those of the model that was trained. TRL's fused head scores every position, which on a CPU
 costs a third of a step.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from peft import PeftModel
@@ -25,6 +26,13 @@ class Score:
     loss: torch.Tensor  # (), with a gradient where there is one to have
     correct: int  # tokens that the model itself would have chosen
     tokens: int
+
+
+class Objective(Protocol):
+    """What a method minimises: `sft.py` and its neighbours have one each."""
+
+    def score(self, model: PeftModel, inputs: dict[str, torch.Tensor]) -> Score:
+        """The summed loss of one pass as `batches.pad` makes it, with its gradient where there is one to have."""
 
 
 def score(model: PeftModel, input_ids: torch.Tensor, labels: torch.Tensor) -> Score:

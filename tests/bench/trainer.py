@@ -156,14 +156,15 @@ def our_trainer(job: JobDir, model: Any, examples: Any) -> Any:
     from trainer.check import run_check
     from trainer.events import EventLog
     from trainer.export.witness import Witness
+    from trainer.loop import LoopTrainer, Run
     from trainer.progress import Progress
-    from trainer.sft import Run, SupervisedTrainer
+    from trainer.sft import Supervised
 
     spec = job.read_spec()
     check = run_check(job, spec)
-    progress = Progress(EventLog(job.events_path(1)), check, model, None, set())
-    run = Run(job, spec, check, model, examples, None)
-    return SupervisedTrainer(run, Witness(examples, model, spec.max_length), progress)
+    progress = Progress(EventLog(job.events_path(1)), check, model, None, set(), Supervised())
+    run = Run(job, spec, check, model, examples, None, Supervised())
+    return LoopTrainer(run, Witness(examples, model, spec.max_length), progress)
 
 
 def plain_trainer(job: JobDir, model: Any, examples: Any) -> Any:

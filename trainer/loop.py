@@ -1,0 +1,181 @@
+"""The training loop of every method: steps, checkpoints and resuming, through TRL's trainer.
+
+Place in the flow: dataset, model, an objective → **loop** → events, checkpoints, the trained model. One rule: a run that was
+killed and resumed ends in the same bytes as one that was not; so everything that a step depends on is in the checkpoint or
+follows from the seed and the step's number.
+
+TRL prepares no data here (`skip_prepare_dataset`), pads nothing and computes no loss: `batches` and the objective do.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from gateway.chat.bundle import TOKENIZER_FILE
+from gateway.jobdir import Check, JobDir, JobSpec, write_json
+from trainer.batches import Batches, fitting_pass_size
+from trainer.dataset import Examples
+from trainer.export.adapter import write_adapter, write_peft_files
+from trainer.export.folder import complete_folder, sweep
+from trainer.export.witness import Witness
+from trainer.model import base_learning_rate
+from trainer.progress import Progress
+from trainer.scoring import Objective
+
+CHECKPOINTS_KEPT = 3
+_WARMUP_SHARE = 0.05
+_STEP_FOLDER = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that one attempt works with."""
+
+    job: JobDir
+    spec: JobSpec
+    check: Check
+    model: PeftModel
+    training: Examples
+    validation: Examples | None
+    objective: Objective
+
+
+def train(run: Run, progress: Progress) -> Witness:
+    """Trains `run.model` to the last step, from the newest checkpoint if there is one. Raises InvalidLoss."""
+    for folder in (run.job.checkpoints, served_checkpoints(run.job)):
+        folder.mkdir(exist_ok=True)
+        sweep(folder)
+    witness = Witness(
+        run.validation or run.training, run.model, run.spec.max_length
+    )  # before the first step: the base's view of it
+    trainer = LoopTrainer(run, witness, progress)
+    newest = newest_checkpoint(run.job)
+    if newest is not None:
+        progress.resumed(int(newest.name.removeprefix("step-")), newest)
+    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    return witness
+
+
+def newest_checkpoint(job: JobDir) -> Path | None:
+    """The complete checkpoint with the most steps."""
+    found = step_folders(job.checkpoints)
+    return found[-1] if found else None
+
+
+def step_folders(parent: Path) -> list[Path]:
+    """The folders step-N, by N."""
+    named = [path for path in parent.iterdir() if _STEP_FOLDER.fullmatch(path.name)] if parent.is_dir() else []
+    return sorted(named, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def served_checkpoints(job: JobDir) -> Path:
+    """Where each kept checkpoint is as an adapter folder: adapter_checkpoints/step-N/."""
+    return job.path / "adapter_checkpoints"
+
+
+class LoopTrainer(SFTTrainer):
+    """TRL's trainer with our batches, our loss and our checkpoints."""
+
+    def __init__(self, run: Run, witness: Witness, progress: Progress) -> None:
+        self.run, self.witness, self.progress = run, witness, progress
+        self.pass_size = fitting_pass_size(run.check.batch_size, max(run.training.lengths()))
+        super().__init__(
+            model=run.model,
+            args=self._config(),
+            train_dataset=Dataset.from_dict({"conversation": [0]}),  # TRL asks for one; `get_train_dataloader` has ours
+            processing_class=PreTrainedTokenizerFast(tokenizer_file=str(run.job.template / TOKENIZER_FILE)),
+            data_collator=lambda rows: rows,
+            callbacks=[progress],
+        )
+        self.remove_callback(PrinterCallback)
+
+    def get_train_dataloader(self) -> Batches:
+        return Batches(self.run.training, self.run.check.batch_size, self.pass_size, self.run.spec.seed)
+
+    def compute_loss(
+        self,
+        model: PeftModel,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Summed over the trained tokens of this pass, divided by those of the whole batch."""
+        found = self.run.objective.score(self.run.model, inputs)
+        self.progress.tally(found)
+        assert num_items_in_batch is not None, "the loss is normalised by the trained tokens of the whole batch"
+        return found.loss / max(1, int(num_items_in_batch))
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Nobody asks, and counting costs a walk over all parameters each step."""
+        return 0
+
+    def _config(self) -> SFTConfig:
+        check, spec = self.run.check, self.run.spec
+        gpu = torch.cuda.is_available()
+        return SFTConfig(
+            output_dir=str(self.run.job.checkpoints),
+            use_cpu=not gpu,
+            bf16=False,
+            fp16=False,
+            gradient_checkpointing=False,
+            seed=spec.seed,
+            num_train_epochs=check.n_epochs,
+            per_device_train_batch_size=self.pass_size,
+            gradient_accumulation_steps=check.batch_size // self.pass_size,
+            learning_rate=check.learning_rate_multiplier * base_learning_rate(self.run.model.config.hidden_size),
+            lr_scheduler_type="cosine",
+            warmup_steps=math.ceil(_WARMUP_SHARE * check.total_steps),
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            optim="adamw_torch_fused",
+            max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            logging_strategy="no",
+            logging_nan_inf_filter=False,
+            save_strategy="no",  # `Progress` says when
+            eval_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+
+    def _save_checkpoint(self, model: PeftModel, trial: Any) -> None:
+        """The servable adapter first, then what resuming needs, then the event: each implies the one before."""
+        step = self.state.global_step
+        job = self.run.job
+        adapter = served_checkpoints(job) / f"step-{step}"
+        write_adapter(adapter, self.run.model, job, self.run.spec, self.witness.score(self.run.model))
+        with complete_folder(job.checkpoints / f"step-{step}") as folder:
+            write_peft_files(folder, self.run.model)
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_rng_state(str(folder))
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+            write_json(folder / "metrics.json", self.progress.metrics)
+        self.progress.checkpoint_written()
+        for parent in (job.checkpoints, served_checkpoints(job)):
+            for old in step_folders(parent)[:-CHECKPOINTS_KEPT]:
+                _remove(old)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PeftModel | None = None) -> None:
+        tensors = load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors")
+        set_peft_model_state_dict(self.run.model, tensors)
+
+
+def _remove(folder: Path) -> None:
+    """First out of the way, so that a half-removed folder never looks like a complete one."""
+    beside = folder.rename(folder.parent / f".writing-{folder.name}")
+    shutil.rmtree(beside)
