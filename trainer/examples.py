@@ -105,7 +105,7 @@ class Examples:
 
 
 class ExamplesWriter:
-    """Takes conversations one by one; memory does not grow with them."""
+    """Takes conversations piece by piece; memory does not grow with them."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self._files: dict[str, BinaryIO] = {
@@ -113,22 +113,21 @@ class ExamplesWriter:
         }
         self.n_tokens = self.n_sequences = self.n_conversations = 0
         for name in ("starts", "conversations"):
-            self._write(name, [0])
+            self._files[name].write(bytes(8))  # a zero
 
-    def add(self, sequences: Sequence[TrainingSequence], desirable: bool = True) -> None:
-        """One conversation."""
-        for sequence in sequences:
-            self._write("ids", sequence.ids)
-            self._files["trained"].write(bytes(label != IGNORED for label in sequence.labels))
-            self.n_tokens += len(sequence.ids)
-            self.n_sequences += 1
-            self._write("starts", [self.n_tokens])
-        self.n_conversations += 1
-        self._write("conversations", [self.n_sequences])
-        self._files["desirable"].write(bytes([desirable]))
-
-    def _write(self, name: str, values: list[int]) -> None:
-        self._files[name].write(array("i" if name == "ids" else "q", values).tobytes())
+    def extend(self, examples: Examples) -> None:
+        """Conversations that come after those before."""
+        for name, values in (
+            ("ids", examples.ids),
+            ("trained", examples.trained),
+            ("starts", examples.starts[1:] + self.n_tokens),
+            ("conversations", examples.conversations[1:] + self.n_sequences),
+            ("desirable", examples.desirable),
+        ):
+            self._files[name].write(values.tobytes())
+        self.n_tokens += len(examples.ids)
+        self.n_sequences += len(examples.starts) - 1
+        self.n_conversations += len(examples)
 
 
 @contextmanager

@@ -36,8 +36,8 @@ def as_pairs(examples: Examples) -> list[list[tuple[list[int], list[int]]]]:
 
 def test_what_is_opened_is_what_was_written(tmp_path: Path) -> None:
     with write_examples(tmp_path / "training", "x") as writer:
-        for number, sequences in enumerate(PAIRS):
-            writer.add(sequences, desirable=number != 1)
+        writer.extend(Examples.of(PAIRS[:2], [True, False]))
+        writer.extend(Examples.of(PAIRS[2:]))
         assert not (tmp_path / "training").exists(), "it is not there before it is whole"
     opened, held = open_examples(tmp_path / "training", "x"), Examples.of(PAIRS, [True, False, True])
     assert as_pairs(opened) == as_pairs(held) == [[(s.ids, s.labels) for s in pair] for pair in PAIRS]
@@ -55,7 +55,7 @@ def test_no_examples_at_all_can_be_written_too(tmp_path: Path) -> None:
 
 def test_a_writing_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="full"), write_examples(tmp_path / "training", "x") as writer:
-        writer.add(PAIRS[0])
+        writer.extend(Examples.of(PAIRS))
         raise OSError("the disk is full")
     assert list(tmp_path.iterdir()) == []
 
@@ -63,7 +63,7 @@ def test_a_writing_that_fails_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("identity", ["y", "x"])
 def test_stale_or_cut_examples_are_not_opened(identity: str, tmp_path: Path) -> None:
     with write_examples(tmp_path / "training", "x") as writer:
-        writer.add(PAIRS[0])
+        writer.extend(Examples.of(PAIRS))
     if identity == "x":
         with (tmp_path / "training" / "ids").open("r+b") as file:
             file.truncate(4)
