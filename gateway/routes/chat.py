@@ -11,7 +11,8 @@ import orjson
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from gateway.inference import Delta, Generation, Inference
+from gateway.generation import Delta, Generation
+from gateway.inference import Inference
 from gateway.replies import Reply, logprob_entries, usage_of
 from gateway.routes import caller_of
 from gateway.routes.body import read_asked

@@ -14,7 +14,8 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.access import Caller
 from gateway.errors import RequestError
-from gateway.inference import Delta, Generation, Inference, TokenLogprob
+from gateway.generation import Delta, Generation, TokenLogprob
+from gateway.inference import Inference
 from gateway.routes import caller_of
 from gateway.routes.body import read_asked
 from gateway.routes.passing import pass_on
