@@ -13,7 +13,7 @@ from gateway.chat.conversation import Message, Options, RenderError
 from gateway.chat.parse import ReplyReader
 from gateway.chat.render import Prompt, render_prompt, render_quickly
 from gateway.chat.speech import NO_TOOLS, ToolUse, call_opening, opens_json, text_opening
-from gateway.embedding import Embeddings, embed
+from gateway.embedding import Embeddings, embed, inputs_as_ids
 from gateway.engine_request import Sampling, Structured, engine_body, structured_field
 from gateway.engines.catalog import Catalog, Served
 from gateway.errors import RateLimited, RequestError
@@ -163,11 +163,12 @@ class Inference:
             raise RateLimited(f"{self._limit} requests are being answered; try again shortly", retry_after_s=1)
         self._begun(caller)
         try:
-            made = await embed(served, inputs)
+            ids = await asyncio.to_thread(inputs_as_ids, served, inputs)
+            if caller.allowance is not None:
+                caller.allowance.take_tokens(sum(map(len, ids)))
+            made = await embed(served, ids)
         finally:
             self._over(caller)
-        if caller.allowance is not None:
-            caller.allowance.owe_tokens(made.prompt_tokens)
         if self._meter is not None:
             self._meter.add(caller, served.name, "embeddings", made.prompt_tokens, 0, 0)
         return made
