@@ -93,7 +93,8 @@ def _train(job: JobDir, spec: JobSpec, check: Check, events: EventLog, told: set
 
     torch.set_num_threads(spec.threads)
     training, validation = _examples(job, spec)
-    tuned = model.add_lora(model.load_base(spec.base), spec.lora, spec.seed)
+    start = job.start if spec.starts_from else None
+    tuned = model.add_lora(model.load_base(spec.base), spec.lora, spec.seed, start)
     objective = Supervised()
     progress = Progress(events, check, tuned, validation, told, objective)
     witness = loop.train(loop.Run(job, spec, check, tuned, training, validation, objective), progress)

@@ -17,6 +17,7 @@ from gateway.jobdir import BaseRef, JobDir, Lora
 from trainer.batches import Batches, EpochOrder, fitting_pass_size, pad
 from trainer.dataset import load_examples, read_bundle
 from trainer.examples import Examples
+from trainer.export.tensors import UnsupportedModel
 from trainer.model import add_lora, base_learning_rate, load_base
 from trainer.scoring import evaluating, score, token_logprobs
 
@@ -64,6 +65,26 @@ def test_only_the_adapter_learns_and_the_head_has_none(base: BaseRef) -> None:
     assert all("lora_" in name and "lm_head" not in name for name in learning)
     same = add_lora(load_base(base), Lora(rank=4, alpha=8), seed=1).state_dict()
     assert all(torch.equal(tensor, same[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_that_goes_on_begins_where_the_other_ended(base: BaseRef, finished_job: JobDir) -> None:
+    lora = Lora(rank=4, alpha=8)
+    model = add_lora(load_base(base), lora, seed=2, start=finished_job.adapter)
+    (item, *_) = json.loads((finished_job.adapter / "witness.json").read_text())["items"]
+    ids, first = item["prompt_ids"] + item["reply_ids"], len(item["prompt_ids"])
+    with evaluating(model):
+        assert token_logprobs(model, ids, first) == pytest.approx(item["tuned_logprobs"], abs=1e-5)
+        with model.disable_adapter():
+            assert token_logprobs(model, ids, first) == pytest.approx(item["base_logprobs"], abs=1e-5)
+    assert all(parameter.requires_grad == ("lora_" in name) for name, parameter in model.named_parameters())
+    for other in (Lora(rank=8, alpha=8), Lora(rank=4, alpha=8, target_modules="q_proj")):
+        with pytest.raises(UnsupportedModel, match="does not fit this model"):
+            add_lora(load_base(base), other, seed=2, start=finished_job.adapter)
+
+
+def test_rslora_divides_by_the_root_of_the_rank(base: BaseRef) -> None:
+    model = add_lora(load_base(base), Lora(rank=4, alpha=8, use_rslora=True), seed=1)
+    assert model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj").scaling == {"default": 4.0}
 
 
 def test_the_loss_is_that_of_trls_own_head(base: BaseRef, examples: Examples) -> None:
