@@ -171,7 +171,7 @@ def test_running_out_of_memory_fails_the_job_with_what_to_change(tiny_base: Path
     job = write_job(tmp_path / "job", tiny_base, files / "train.jsonl")
     check = run_check(job, job.read_spec())
     for error in (MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")):
-        explained = _explained(error, check)
+        explained = _explained(error, job.read_spec(), check)
         assert explained.code == "out_of_memory"
         assert "smaller batch_size (it was 4)" in explained.message
 
