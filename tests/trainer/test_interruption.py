@@ -134,19 +134,6 @@ def test_a_run_that_gets_no_better_stops_and_its_best_checkpoint_is_the_result(
     assert killed.read_result() == result
 
 
-def test_training_that_diverges_is_ended_with_the_numbers_and_the_fix(
-    tiny_base: Path, files: Path, tmp_path: Path
-) -> None:
-    absurd = Hyperparameters(n_epochs=20, batch_size=8, learning_rate_multiplier=300.0)
-    job = write_job(tmp_path / "job", tiny_base, files / "train.jsonl", hyperparameters=absurd)
-    assert run_trainer(job).returncode == 0
-    result = job.read_result()
-    assert result is not None and result.error is not None
-    assert (result.status, result.error.code) == ("failed", "training_diverged"), result
-    assert "at step" in result.error.message and "learning_rate_multiplier" in result.error.message
-    assert not job.adapter.exists() and list((job.path / "adapter_checkpoints").iterdir())
-
-
 def test_a_trainer_without_enough_memory_fails_the_job_with_what_to_change(
     tiny_base: Path, files: Path, tmp_path: Path
 ) -> None:
