@@ -2,6 +2,7 @@
 
     exit 0      there is a result.json (or, with --check, a check.json)
     exit 75     another trainer holds the job's lock; nothing was done
+    exit 76     paused: there was a file `pause` in the folder; the same command goes on from the checkpoint at that step
     exit 1      the machine failed (a full disk, say): no result, the same command goes on from the newest checkpoint
     a signal    no result either: who sent it knows why
 
@@ -11,21 +12,34 @@ What is wrong with the data, the numbers or the code ends in result.json as fail
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import traceback
 import warnings
 from pathlib import Path
 
-from gateway.jobdir import LOCKED_EXIT_CODE, Check, JobDir, JobSpec, Result, TrainerError
+from gateway.jobdir import (
+    LOCKED_EXIT_CODE,
+    PAUSED_EXIT_CODE,
+    Check,
+    JobDir,
+    JobSpec,
+    Result,
+    TrainerError,
+    out_of_memory_message,
+)
 from trainer.check import run_check
+from trainer.checkpoints import steps_taken, take_as_result
 from trainer.dataset import prepare_examples, stored_examples
 from trainer.events import EventLog, told_checkpoints
 from trainer.examples import Examples, StaleExamples
 from trainer.export.folder import sweep
+from trainer.stopping import Diverged, InvalidLoss, Paused
 
 # how torch and safetensors report what Python would raise OSError for
 _STORAGE_FAILURES = ("PytorchStreamWriter", "inline_container", "I/O error", "os error")
+_MEMORY_FAILURES = ("DefaultCPUAllocator", "std::bad_alloc", "Cannot allocate memory", "(os error 12)")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,6 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
             job.write_check(run_check(job, job.read_spec()))
         elif job.read_result() is None:
             result = run(job)
+            if result is None:
+                return PAUSED_EXIT_CODE
             job.write_result(result)
     except OSError:
         traceback.print_exc()
@@ -54,9 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(job: JobDir) -> Result:
-    """Trains the job to its end, whatever that is. Raises OSError where trying again may help."""
-    check = None
+def run(job: JobDir) -> Result | None:
+    """Trains the job to its end, whatever that is, or until it is paused (None). OSError where trying again may help."""
+    spec, check = None, None
     try:
         spec = job.read_spec()
         check = job.read_check()
@@ -70,14 +86,19 @@ def run(job: JobDir) -> Result:
             told = told_checkpoints(job)
             with EventLog(job.events_path(job.next_attempt())) as events:  # before the imports: seen to be at work
                 _train(job, spec, check, events, told)
-        return Result("succeeded", None, check.n_tokens * check.n_epochs, check.total_steps)
+        steps = steps_taken(job)  # fewer than all where it stopped early
+        return Result("succeeded", None, check.n_tokens * check.n_epochs * steps // check.total_steps, steps)
+    except Paused as paused:
+        print(f"{job.path}: {paused}", file=sys.stderr)
+        return None
     except Exception as error:  # the process boundary: logged, and recorded as the job's failure
-        if isinstance(error, OSError):
-            raise
-        if any(words in str(error) for words in _STORAGE_FAILURES):
-            raise OSError(f"{job.path} cannot be written: {error}") from error
+        if not _is_out_of_memory(error):
+            if isinstance(error, OSError):
+                raise
+            if any(words in str(error) for words in _STORAGE_FAILURES):
+                raise OSError(f"{job.path} cannot be written: {error}") from error
         traceback.print_exc()
-        return Result("failed", _explained(error, check))
+        return Result("failed", _explained(error, spec, check))
 
 
 def _train(job: JobDir, spec: JobSpec, check: Check, events: EventLog, told: set[int]) -> None:
@@ -102,9 +123,12 @@ def _train(job: JobDir, spec: JobSpec, check: Check, events: EventLog, told: set
     if start is not None and spec.method in ("dpo", "kto"):
         freeze_reference(tuned)
     objective = make_objective(spec, check, training)
-    progress = Progress(events, check, tuned, validation, told, objective)
-    witness = loop.train(loop.Run(job, spec, check, tuned, training, validation, objective, numbers), progress)
-    write_adapter(job.adapter, tuned, job, spec, witness.score(tuned))
+    progress = Progress(events, check, tuned, validation, told, objective, job, spec.options)
+    trained = loop.train(loop.Run(job, spec, check, tuned, training, validation, objective, numbers), progress)
+    if trained.best is not None:
+        take_as_result(job, trained.best)
+    else:
+        write_adapter(job.adapter, tuned, job, spec, trained.witness.score(tuned))
     events.sync()
 
 
@@ -134,17 +158,26 @@ def _set_environment(threads: int) -> None:
     }
 
 
-def _explained(error: Exception, check: Check | None) -> TrainerError:
-    said = f"{type(error).__name__}: {error}"
-    if said.startswith("InvalidLoss"):
+def _is_out_of_memory(error: Exception) -> bool:
+    """As Python, numpy, the kernel and torch (on a CPU, on a GPU) say it."""
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(words in str(error) for words in _MEMORY_FAILURES)
+    )
+
+
+def _explained(error: Exception, spec: JobSpec | None, check: Check | None) -> TrainerError:
+    if isinstance(error, InvalidLoss):
         return TrainerError("invalid_loss", str(error), "hyperparameters")
-    if said.startswith("UnsupportedOption"):
+    if isinstance(error, Diverged):
+        return TrainerError("training_diverged", str(error), "hyperparameters")
+    if type(error).__name__ == "UnsupportedOption":
         return TrainerError("unsupported_option", str(error), "method")
-    if said.startswith(("MemoryError", "OutOfMemoryError")) or "DefaultCPUAllocator" in said:
-        size = f" (it was {check.batch_size})" if check else ""
-        message = f"Training ran out of memory. Set a smaller batch_size{size}, or split the longest examples"
-        return TrainerError("out_of_memory", message, "hyperparameters")
-    return TrainerError("trainer_error", f"The trainer stopped unexpectedly. {said}")
+    if _is_out_of_memory(error):
+        return TrainerError("out_of_memory", out_of_memory_message(spec, check), "hyperparameters")
+    return TrainerError("trainer_error", f"The trainer stopped unexpectedly. {type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":
