@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 LOCKED_EXIT_CODE = 75  # EX_TEMPFAIL: another trainer holds the lock; nothing was done
+CHECK_RECORD = "check.process.json"  # which process checks the job's files, as the gateway started it
 ADAPTER_GGUF = "adapter.gguf"  # for a llama worker: an adapter of a base that vLLM serves has none
 ADAPTER_FILES = (
     "adapter_model.safetensors",

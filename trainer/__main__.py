@@ -14,13 +14,17 @@ import argparse
 import os
 import sys
 import traceback
-import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gateway.jobdir import LOCKED_EXIT_CODE, Check, JobDir, JobSpec, Result, TrainerError
 from trainer.check import run_check
 from trainer.events import EventLog, told_checkpoints
 from trainer.export.folder import sweep
+from trainer.libraries import import_libraries, set_environment
+
+if TYPE_CHECKING:
+    from trainer.standby import Warmth
 
 # how torch and safetensors report what Python would raise OSError for
 _STORAGE_FAILURES = ("PytorchStreamWriter", "inline_container", "I/O error", "os error")
@@ -39,20 +43,25 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{job.path}: another trainer is at work on this job", file=sys.stderr)
         return LOCKED_EXIT_CODE
     try:
-        if options.check:
+        return work(job, check_only=options.check)
+    finally:
+        os.close(lock)
+
+
+def work(job: JobDir, *, check_only: bool = False, warmth: Warmth | None = None) -> int:
+    """The exit code. The caller holds the job's lock; `warmth` is what a standby has ready."""
+    try:
+        if check_only:
             job.write_check(run_check(job, job.read_spec()))
         elif job.read_result() is None:
-            result = run(job)
-            job.write_result(result)
+            job.write_result(run(job, warmth))
     except OSError:
         traceback.print_exc()
         return 1
-    finally:
-        os.close(lock)
     return 0
 
 
-def run(job: JobDir) -> Result:
+def run(job: JobDir, warmth: Warmth | None = None) -> Result:
     """Trains the job to its end, whatever that is. Raises OSError where trying again may help."""
     check = None
     try:
@@ -67,7 +76,7 @@ def run(job: JobDir) -> Result:
         if not job.adapter.is_dir():  # it may be there: killed just before the result
             told = told_checkpoints(job)
             with EventLog(job.events_path(job.next_attempt())) as events:  # before the imports: seen to be at work
-                _train(job, spec, check, events, told)
+                _train(job, spec, check, events, told, warmth)
         return Result("succeeded", None, check.n_tokens * check.n_epochs, check.total_steps)
     except Exception as error:  # the process boundary: logged, and recorded as the job's failure
         if isinstance(error, OSError):
@@ -78,10 +87,15 @@ def run(job: JobDir) -> Result:
         return Result("failed", _explained(error, check))
 
 
-def _train(job: JobDir, spec: JobSpec, check: Check, events: EventLog, told: set[int]) -> None:
-    _set_environment(spec.threads)
-    warnings.simplefilter("ignore", FutureWarning)  # the pinned libraries' words to one another
+def _train(
+    job: JobDir, spec: JobSpec, check: Check, events: EventLog, told: set[int], warmth: Warmth | None = None
+) -> None:
     # torch, transformers and trl take seconds to import: only a job that will train pays for them
+    if warmth is None:
+        set_environment(spec.threads)
+        import_libraries(quantised=spec.options.quantization != "none")
+    else:
+        warmth.wait()
     import torch
 
     from trainer import loop, model
@@ -96,29 +110,13 @@ def _train(job: JobDir, spec: JobSpec, check: Check, events: EventLog, told: set
     validation = None
     if spec.validation_file is not None:
         validation = load_examples(job.path / spec.validation_file.path, bundle, spec.max_length, spec.turns)
-    tuned = model.add_lora(model.load_base(spec.base), spec.lora, spec.seed)
+    base = (warmth and warmth.take(spec.base)) or model.load_base(spec.base)
+    tuned = model.add_lora(base, spec.lora, spec.seed)
     objective = Supervised()
     progress = Progress(events, check, tuned, validation, told, objective)
     witness = loop.train(loop.Run(job, spec, check, tuned, training, validation, objective), progress)
     write_adapter(job.adapter, tuned, job, spec, witness.score(tuned))
     events.sync()
-
-
-def _set_environment(threads: int) -> None:
-    """Before torch is imported: no network, no telemetry, a fixed number of threads.
-
-    Threads that wait must sleep: spinning, two of them beside a busy engine on two cores made a step 20 times slower.
-    """
-    os.environ |= {
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "MKL_NUM_THREADS": str(threads),
-    }
 
 
 def _explained(error: Exception, check: Check | None) -> TrainerError:
