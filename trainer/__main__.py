@@ -93,7 +93,8 @@ def _train(
     # torch, transformers and trl take seconds to import: only a job that will train pays for them
     if warmth is None:
         set_environment(spec.threads)
-        import_libraries(quantised=spec.options.quantization != "none")
+        sharded = spec.launch.sharding in ("zero2", "zero3")
+        import_libraries(quantised=spec.options.quantization != "none", sharded=sharded)
     else:
         warmth.wait()
     import torch
