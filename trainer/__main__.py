@@ -21,6 +21,7 @@ from gateway.jobdir import LOCKED_EXIT_CODE, Check, JobDir, JobSpec, Result, Tra
 from trainer.check import run_check
 from trainer.events import EventLog, told_checkpoints
 from trainer.export.folder import sweep
+from trainer.tracking.followers import Tracking, owed
 
 # how torch and safetensors report what Python would raise OSError for
 _STORAGE_FAILURES = ("PytorchStreamWriter", "inline_container", "I/O error", "os error")
@@ -64,10 +65,15 @@ def run(job: JobDir) -> Result:
         if check.error is not None:
             return Result("failed", check.error)
         sweep(job.path)
-        if not job.adapter.is_dir():  # it may be there: killed just before the result
+        if not job.adapter.is_dir() or owed(job, spec):  # the adapter may be there: killed just before the result
             told = told_checkpoints(job)
-            with EventLog(job.events_path(job.next_attempt())) as events:  # before the imports: seen to be at work
-                _train(job, spec, check, events, told)
+            with (  # before the imports: seen to be at work
+                EventLog(job.events_path(job.next_attempt())) as events,
+                Tracking(job, spec, events) as tracking,
+            ):
+                if not job.adapter.is_dir():
+                    _train(job, spec, check, events, told, tracking)
+                tracking.on_end("succeeded")
         return Result("succeeded", None, check.n_tokens * check.n_epochs, check.total_steps)
     except Exception as error:  # the process boundary: logged, and recorded as the job's failure
         if isinstance(error, OSError):
@@ -78,7 +84,7 @@ def run(job: JobDir) -> Result:
         return Result("failed", _explained(error, check))
 
 
-def _train(job: JobDir, spec: JobSpec, check: Check, events: EventLog, told: set[int]) -> None:
+def _train(job: JobDir, spec: JobSpec, check: Check, events: EventLog, told: set[int], tracking: Tracking) -> None:
     _set_environment(spec.threads)
     warnings.simplefilter("ignore", FutureWarning)  # the pinned libraries' words to one another
     # torch, transformers and trl take seconds to import: only a job that will train pays for them
@@ -89,6 +95,7 @@ def _train(job: JobDir, spec: JobSpec, check: Check, events: EventLog, told: set
     from trainer.export.adapter import write_adapter
     from trainer.progress import Progress
     from trainer.sft import Supervised
+    from trainer.tracking.samples import Samples
 
     torch.set_num_threads(spec.threads)
     bundle = read_bundle(job)
@@ -98,7 +105,10 @@ def _train(job: JobDir, spec: JobSpec, check: Check, events: EventLog, told: set
         validation = load_examples(job.path / spec.validation_file.path, bundle, spec.max_length, spec.turns)
     tuned = model.add_lora(model.load_base(spec.base), spec.lora, spec.seed)
     objective = Supervised()
-    progress = Progress(events, check, tuned, validation, told, objective)
+    # Each process of a sharded model has a part of it, and all would have to answer together.
+    if spec.trackers and spec.predictions and validation is not None and spec.launch.sharding == "none":
+        tracking.sample_with(Samples(events.path.parent, tuned, validation, bundle, spec.predictions))
+    progress = Progress(events, check, tuned, validation, told, objective, tracking)
     witness = loop.train(loop.Run(job, spec, check, tuned, training, validation, objective), progress)
     write_adapter(job.adapter, tuned, job, spec, witness.score(tuned))
     events.sync()

@@ -23,6 +23,7 @@ from trainer.batches import pad
 from trainer.dataset import Examples
 from trainer.events import EventLog
 from trainer.scoring import Objective, Score, evaluating
+from trainer.tracking.followers import Tracking
 
 _PROGRESS_EVERY_S = 2.0
 _VALIDATIONS_PER_JOB = 50
@@ -50,11 +51,12 @@ class Progress(TrainerCallback):
         validation: Examples | None,
         told: set[int],
         objective: Objective,
+        tracking: Tracking | None = None,
     ) -> None:
         """`told` are the steps whose checkpoint an earlier attempt has announced."""
         self.metrics: dict[str, Any] = {}  # of the last step
         self._events, self._check, self._model, self._validation, self._told = events, check, model, validation, told
-        self._objective = objective
+        self._objective, self._tracking = objective, tracking
         self._loss, self._correct, self._tokens = 0.0, 0, 0
         self._step_s: deque[float] = deque(maxlen=20)
         self._checkpoint_s = 0.0
@@ -96,6 +98,8 @@ class Progress(TrainerCallback):
         }
         self._loss, self._correct, self._tokens = 0.0, 0, 0
         self._events.write("metrics", _sentence(self.metrics), self.metrics)
+        if self._tracking is not None:
+            self._tracking.on_metrics()
         now = time.monotonic()
         self._step_s.append(now - self._began)
         self._saved = now
@@ -113,6 +117,8 @@ class Progress(TrainerCallback):
             found |= self._measure("valid", numbers)
         if epoch_ends:
             found |= self._measure("full_valid", list(range(len(self._validation))))
+            if self._tracking is not None:
+                self._tracking.on_evaluation(step)
         return found
 
     def _measure(self, name: str, conversations: list[int]) -> dict[str, float]:
