@@ -103,7 +103,8 @@ def _train(job: JobDir, spec: JobSpec, check: Check, events: EventLog, told: set
     validation = None
     if spec.validation_file is not None:
         validation = load_examples(job.path / spec.validation_file.path, bundle, spec.max_length, spec.turns)
-    tuned = model.add_lora(model.load_base(spec.base), spec.lora, spec.seed)
+    start = job.start if spec.starts_from else None
+    tuned = model.add_lora(model.load_base(spec.base), spec.lora, spec.seed, start)
     objective = Supervised()
     # Each process of a sharded model has a part of it, and all would have to answer together.
     if spec.trackers and spec.predictions and validation is not None and spec.launch.sharding == "none":

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import PretrainedConfig, PreTrainedModel
 
 from gateway.jobdir import BaseRef, Lora
@@ -96,8 +97,11 @@ def _as_state(
     return state
 
 
-def add_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
-    """The model with a fresh adapter named "default", in float32; only the adapter has gradients."""
+def add_lora(model: PreTrainedModel, lora: Lora, seed: int, start: Path | None = None) -> PeftModel:
+    """The model with an adapter named "default", in float32; only the adapter has gradients.
+
+    Fresh, or with the weights in the folder `start`. Raises UnsupportedModel for weights that are not `lora`'s.
+    """
     torch.manual_seed(seed)
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -106,10 +110,26 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
         lora_dropout=lora.dropout,
         target_modules=target_modules(model, lora.target_modules),
         bias="none",
+        use_rslora=lora.use_rslora,
     )
     with warnings.catch_warnings():  # this PEFT asks by a name that this transformers calls old
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        return get_peft_model(model, config)
+        tuned: PeftModel = get_peft_model(model, config)
+    if start is not None:
+        _load_adapter(tuned, start)
+    return tuned
+
+
+def _load_adapter(tuned: PeftModel, start: Path) -> None:
+    tensors = load_file(start / "adapter_model.safetensors")
+    wanted = {
+        name: tensor.shape for name, tensor in get_peft_model_state_dict(tuned, save_embedding_layers=False).items()
+    }
+    if odd := sorted(set(wanted.items()) ^ {(name, tensor.shape) for name, tensor in tensors.items()}):
+        raise UnsupportedModel(
+            f"the adapter in {start.name}/ does not fit this model: {odd[0][0]} has another shape or place"
+        )
+    set_peft_model_state_dict(tuned, tensors)
 
 
 def target_modules(model: PreTrainedModel, asked: str) -> list[str]:
