@@ -1,8 +1,8 @@
 """Starts trainers, and finds again those that an earlier gateway started.
 
 Its one rule: a trainer outlives the gateway. It gets a session and a process group of its own, its log is a file, it inherits
-no descriptor, and none of the gateway's secrets stand in its environment. The job's lock, not the launcher, makes sure
-that there is one.
+no descriptor, and none of the gateway's secrets stand in its environment but the keys of the trackers that its job has. The
+job's lock, not the launcher, makes sure that there is one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from pathlib import Path
 import gateway
 from gateway.engines.handle import ProcessHandle
 from gateway.jobdir import JobDir, read_json, write_json
+from gateway.jobs.tracking import tracker_environment
+from gateway.tracking_settings import TrackingSettings
 
 TRAINER_COMMAND = (sys.executable, "-m", "trainer")
 KEPT_VARIABLES = ("PATH", "HOME", "LANG", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CUDA_VISIBLE_DEVICES")
@@ -28,8 +30,9 @@ CHECK_RECORD = "check.process.json"
 class Launcher:
     """Runs `command JOB_DIR …`; another command stands in for the trainer where a test needs one that misbehaves."""
 
-    def __init__(self, command: tuple[str, ...] = TRAINER_COMMAND) -> None:
+    def __init__(self, command: tuple[str, ...] = TRAINER_COMMAND, tracking: TrackingSettings | None = None) -> None:
         self._command = command
+        self._tracking = tracking or TrackingSettings()
 
     async def train(self, folder: JobDir) -> ProcessHandle:
         """Starts a trainer. It may find the lock taken and exit with LOCKED_EXIT_CODE."""
@@ -50,6 +53,9 @@ class Launcher:
         return handle
 
     def _spawn(self, folder: JobDir, arguments: tuple[str, ...]) -> ProcessHandle:
+        environment = child_environment(os.environ)
+        if not arguments:
+            environment |= tracker_environment(folder.read_spec().trackers, self._tracking, os.environ)
         with (folder.path / "trainer.log").open("ab") as log:
             child = subprocess.Popen(
                 [*self._command, str(folder.path), *arguments],
@@ -57,7 +63,7 @@ class Launcher:
                 stdout=log,
                 stderr=log,
                 cwd=folder.path,
-                env=child_environment(os.environ),
+                env=environment,
                 start_new_session=True,
             )
         with contextlib.suppress(OSError):
