@@ -112,7 +112,7 @@ class House:
             self.settings,
             self.catalog,
             self.engine,
-            Launcher(standby=self._standby()),
+            Launcher(standby=self._standby(), tracking=self.settings.tracking),
             pools=self.residents.engines,
         )
         added = await asyncio.to_thread(added_names, self.data_dir.bases)

@@ -25,7 +25,8 @@ ARROWS: dict[str, set[str]] = {
     "gateway.vllm_plugin": LEAVES,
     "gateway.chat": LEAVES,
     "gateway.engine_settings": {"gateway.errors"},
-    "gateway.settings": {"gateway.engine_settings", "gateway.errors"},
+    "gateway.tracking_settings": {"gateway.errors"},
+    "gateway.settings": {"gateway.engine_settings", "gateway.errors", "gateway.tracking_settings"},
     "gateway.fleet": {
         "gateway.bases",
         "gateway.engine_settings",
@@ -115,6 +116,7 @@ ARROWS: dict[str, set[str]] = {
         "gateway.errors",
         "gateway.jobdir",
         "gateway.settings",
+        "gateway.tracking_settings",
     }
     | {"gateway.store", "gateway.chat"},
     "gateway.templates": {"gateway.chat", "gateway.engines", "gateway.errors", "gateway.settings", "gateway.store"}
@@ -156,6 +158,7 @@ BUILDERS |= {"gateway.keys_command", "gateway.usage_command"}
 
 # What no process that serves requests may carry.
 HEAVY = {"torch", "vllm", "llama_cpp", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate"}
+HEAVY |= {"wandb", "tensorboard", "mlflow"}
 # Ways out of the process, which the pure rooms do not take.
 INPUT_OUTPUT = {
     "asyncio",

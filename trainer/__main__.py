@@ -31,11 +31,13 @@ from gateway.jobdir import (
 )
 from trainer.check import run_check
 from trainer.checkpoints import steps_taken, take_as_result
-from trainer.dataset import prepare_examples, stored_examples
+from trainer.dataset import prepare_examples, read_bundle, stored_examples
 from trainer.events import EventLog, told_checkpoints
 from trainer.examples import Examples, StaleExamples
 from trainer.export.folder import sweep
+from trainer.libraries import import_libraries, set_environment
 from trainer.stopping import Diverged, InvalidLoss, Paused
+from trainer.tracking.followers import Tracking, owed
 
 if TYPE_CHECKING:
     from trainer.standby import Warmth
@@ -91,10 +93,15 @@ def run(job: JobDir, warmth: Warmth | None = None) -> Result | None:
         if check.error is not None:
             return Result("failed", check.error)
         sweep(job.path)
-        if not job.adapter.is_dir():  # it may be there: killed just before the result
+        if not job.adapter.is_dir() or owed(job, spec):  # the adapter may be there: killed just before the result
             told = told_checkpoints(job)
-            with EventLog(job.events_path(job.next_attempt())) as events:  # before the imports: seen to be at work
-                _train(job, spec, check, events, told, warmth)
+            with (  # before the imports: seen to be at work
+                EventLog(job.events_path(job.next_attempt())) as events,
+                Tracking(job, spec, events) as tracking,
+            ):
+                if not job.adapter.is_dir():
+                    _train(job, spec, check, events, told, tracking, warmth)
+                tracking.on_end("succeeded")
         steps = steps_taken(job)  # fewer than all where it stopped early
         return Result("succeeded", None, check.n_tokens * check.n_epochs * steps // check.total_steps, steps)
     except Paused as paused:
@@ -111,9 +118,21 @@ def run(job: JobDir, warmth: Warmth | None = None) -> Result | None:
 
 
 def _train(
-    job: JobDir, spec: JobSpec, check: Check, events: EventLog, told: set[int], warmth: Warmth | None = None
+    job: JobDir,
+    spec: JobSpec,
+    check: Check,
+    events: EventLog,
+    told: set[int],
+    tracking: Tracking,
+    warmth: Warmth | None,
 ) -> None:
     # torch, transformers and peft take seconds to import: only a job that will train pays for them
+    if warmth is None:
+        set_environment(spec.threads)
+        sharded = spec.launch.sharding in ("zero2", "zero3")
+        import_libraries(quantised=spec.options.quantization != "none", sharded=sharded)
+    else:
+        warmth.wait()
     import torch
 
     from trainer import arithmetic, loop, model
@@ -121,6 +140,7 @@ def _train(
     from trainer.methods import make_objective
     from trainer.progress import Progress
     from trainer.reference import freeze_reference
+    from trainer.tracking.samples import Samples
 
     torch.set_num_threads(spec.threads)
     training, validation = _examples(job, spec)
@@ -131,7 +151,10 @@ def _train(
     if start is not None and spec.method in ("dpo", "kto"):
         freeze_reference(tuned)
     objective = make_objective(spec, check, training)
-    progress = Progress(events, check, tuned, validation, told, objective, job, spec.options)
+    # Each process of a sharded model has a part of it, and all would have to answer together.
+    if spec.trackers and spec.predictions and validation is not None and spec.launch.sharding == "none":
+        tracking.sample_with(Samples(events.path.parent, tuned, validation, read_bundle(job), spec.predictions))
+    progress = Progress(events, check, tuned, validation, told, objective, job, spec.options, tracking)
     trained = loop.train(loop.Run(job, spec, check, tuned, training, validation, objective, numbers), progress)
     if trained.best is not None:
         take_as_result(job, trained.best)

@@ -25,6 +25,7 @@ from trainer.examples import Examples
 from trainer.forecast import Forecast
 from trainer.scoring import Objective, Score, evaluating
 from trainer.stopping import Divergence, EarlyStopping
+from trainer.tracking.followers import Tracking
 
 _PROGRESS_EVERY_S = 2.0
 _VALIDATIONS_PER_JOB = 50
@@ -43,6 +44,7 @@ class Progress(TrainerCallback):
         objective: Objective,
         job: JobDir | None = None,
         options: Options | None = None,
+        tracking: Tracking | None = None,
     ) -> None:
         """`told` are the steps whose checkpoint an earlier attempt has announced; `job` is asked whether to pause."""
         options = options or Options()
@@ -54,6 +56,7 @@ class Progress(TrainerCallback):
         self._divergence = Divergence()
         self._events, self._check, self._model, self._validation, self._told = events, check, model, validation, told
         self._objective, self._job, self._checkpoint_steps = objective, job, options.checkpoint_steps
+        self._tracking = tracking
         self._extras: dict[str, float]
         self._loss, self._correct, self._count, self._extras = 0.0, 0, 0, {}
         self._per_epoch = math.ceil(check.n_examples / check.batch_size)
@@ -140,6 +143,8 @@ class Progress(TrainerCallback):
         if self.is_listed and "full_valid_loss" in self.metrics:
             self.stopping.see(step, self.metrics["full_valid_loss"])
         self._events.write("metrics", _sentence(self.metrics), self.metrics)
+        if self._tracking is not None:
+            self._tracking.on_metrics()
         self.paused = step < total and not self.stopping.is_over and self._is_pause_asked()
         control.should_save = self.is_listed or self.paused
         control.should_training_stop = step >= total or self.stopping.is_over or self.paused
@@ -166,6 +171,8 @@ class Progress(TrainerCallback):
             began = time.monotonic()
             found |= self._measure("full_valid", list(range(len(self._validation))))
             self.forecast.fully_validated(time.monotonic() - began)
+            if self._tracking is not None:
+                self._tracking.on_evaluation(step)
         return found
 
     def _measure(self, name: str, conversations: list[int]) -> dict[str, float]:

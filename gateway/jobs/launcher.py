@@ -1,8 +1,8 @@
 """Starts trainers, and finds again those that an earlier gateway started.
 
 Its one rule: a trainer outlives the gateway. It gets a session and a process group of its own, its log is a file, it inherits
-no descriptor, and none of the gateway's secrets stand in its environment. The job's lock, not the launcher, makes sure
-that there is one.
+no descriptor, and none of the gateway's secrets stand in its environment but the keys of the trackers that its job has. The
+job's lock, not the launcher, makes sure that there is one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import gateway
 from gateway.engines.handle import ProcessHandle
 from gateway.jobdir import CHECK_RECORD, BaseRef, JobDir, process_start_time, read_json, write_json
 from gateway.jobs.standby import Standby
+from gateway.jobs.tracking import tracker_environment
+from gateway.tracking_settings import TrackingSettings
 
 TRAINER_COMMAND = (sys.executable, "-m", "trainer")
 KEPT_VARIABLES = ("PATH", "HOME", "LANG", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CUDA_VISIBLE_DEVICES")
@@ -41,9 +43,15 @@ class CheckProcess(Protocol):
 class Launcher:
     """Runs `command JOB_DIR …`; another command stands in for the trainer where a test needs one that misbehaves."""
 
-    def __init__(self, command: tuple[str, ...] = TRAINER_COMMAND, standby: Standby | None = None) -> None:
+    def __init__(
+        self,
+        command: tuple[str, ...] = TRAINER_COMMAND,
+        standby: Standby | None = None,
+        tracking: TrackingSettings | None = None,
+    ) -> None:
         self._command = command
         self._standby = standby
+        self._tracking = tracking or TrackingSettings()
 
     async def train(self, folder: JobDir) -> ProcessHandle:
         """Starts a trainer, or gives the job to the one that stands by.
@@ -92,6 +100,9 @@ class Launcher:
         return handle
 
     def _spawn(self, folder: JobDir, arguments: tuple[str, ...]) -> ProcessHandle:
+        environment = child_environment(os.environ)
+        if not arguments:
+            environment |= tracker_environment(folder.read_spec().trackers, self._tracking, os.environ)
         with (folder.path / "trainer.log").open("ab") as log:
             child = subprocess.Popen(
                 [*self._command, str(folder.path), *arguments],
@@ -99,7 +110,7 @@ class Launcher:
                 stdout=log,
                 stderr=log,
                 cwd=folder.path,
-                env=child_environment(os.environ),
+                env=environment,
                 start_new_session=True,
             )
         with contextlib.suppress(OSError):
