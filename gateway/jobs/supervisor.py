@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -283,8 +283,10 @@ class Supervisor:
     async def _validate(self, job: Job, folder: JobDir, stop: asyncio.Event) -> None:
         check = await self._check(folder, stop)
         if check.error is not None:
-            raise JobFailed(check.error.code, check.error.message, check.error.param)
-        events = [NewEvent(text, level="warn") for text in check.warnings]
+            await self._fail(job.id, check.error, [NewEvent(text, level="error") for text in check.problems])
+            return
+        events = [NewEvent(text) for text in check.notes]
+        events += [NewEvent(text, level="warn") for text in check.warnings]
         events.append(NewEvent("Files validated, moving job to queued state"))
         found = asdict(check)
         await self._store.write(lambda connection: statements.queue_job(connection, job.id, found, events))
@@ -353,10 +355,10 @@ class Supervisor:
         event = NewEvent(message, level=level)
         await self._store.write(lambda connection: statements.insert_running_event(connection, job.id, event))
 
-    async def _fail(self, job_id: str, error: TrainerError) -> None:
+    async def _fail(self, job_id: str, error: TrainerError, told: Sequence[NewEvent] = ()) -> None:
         raw = asdict(error)
         message = f"The job failed: {error.message}"
-        if await self._store.write(lambda connection: statements.fail_job(connection, job_id, raw, message)):
+        if await self._store.write(lambda connection: statements.fail_job(connection, job_id, raw, message, told=told)):
             logger.warning("job %s failed: %s (%s)", job_id, error.message, error.code)
             await asyncio.to_thread(tidy_folder, self._folder(job_id))
 

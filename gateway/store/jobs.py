@@ -222,15 +222,20 @@ def resume_job(connection: Connection, job_id: str) -> bool:
 
 
 def fail_job(
-    connection: Connection, job_id: str, error: dict[str, Any], message: str, trained_tokens: int | None = None
+    connection: Connection,
+    job_id: str,
+    error: dict[str, Any],
+    message: str,
+    trained_tokens: int | None = None,
+    told: Iterable[NewEvent] = (),
 ) -> bool:
-    """Any active state → failed. False when the job was over."""
-    event = NewEvent(message, level="error")
+    """Any active state → failed, after the events `told`. False when the job was over."""
+    events = [*told, NewEvent(message, level="error")]
     return _leave(
         connection,
         job_id,
         ACTIVE,
-        [event],
+        events,
         status="failed",
         error=error,
         trained_tokens=trained_tokens,
