@@ -15,11 +15,13 @@ from collections.abc import Callable
 from copy import copy
 from typing import Any
 
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+import torch
+from peft import PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel
 
 from gateway.chat.render import IGNORED
 from trainer.examples import Examples
+from trainer.model import load_adapter, wrap
 from trainer.scoring import evaluating, token_logprobs
 
 ITEMS, TOKENS = 6, 24
@@ -71,8 +73,9 @@ class Witness:
 
 def _moved(model: PeftModel, base: PreTrainedModel) -> PeftModel:
     """The same adapter on another base."""
-    tuned = get_peft_model(base, copy(model.peft_config["default"]))
-    set_peft_model_state_dict(tuned, get_peft_model_state_dict(model, save_embedding_layers=False))
+    with torch.random.fork_rng(devices=[]):  # a fresh adapter draws from the numbers that dropout goes by
+        tuned = wrap(base, copy(model.peft_config["default"]))
+    load_adapter(tuned, get_peft_model_state_dict(model, save_embedding_layers=False))
     return tuned
 
 
