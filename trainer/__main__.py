@@ -19,7 +19,9 @@ from pathlib import Path
 
 from gateway.jobdir import LOCKED_EXIT_CODE, Check, JobDir, JobSpec, Result, TrainerError
 from trainer.check import run_check
+from trainer.dataset import prepare_examples, stored_examples
 from trainer.events import EventLog, told_checkpoints
+from trainer.examples import Examples, StaleExamples
 from trainer.export.folder import sweep
 
 # how torch and safetensors report what Python would raise OSError for
@@ -81,28 +83,38 @@ def run(job: JobDir) -> Result:
 def _train(job: JobDir, spec: JobSpec, check: Check, events: EventLog, told: set[int]) -> None:
     _set_environment(spec.threads)
     warnings.simplefilter("ignore", FutureWarning)  # the pinned libraries' words to one another
-    # torch, transformers and trl take seconds to import: only a job that will train pays for them
+    if spec.options.quantization == "none":
+        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # as if it were not there: PEFT imports it for a second
+    # torch, transformers and peft take seconds to import: only a job that will train pays for them
     import torch
 
-    from trainer import loop, model
-    from trainer.dataset import load_examples, read_bundle
+    from trainer import arithmetic, loop, model
     from trainer.export.adapter import write_adapter
+    from trainer.methods import make_objective
     from trainer.progress import Progress
-    from trainer.sft import Supervised
+    from trainer.reference import freeze_reference
 
     torch.set_num_threads(spec.threads)
-    bundle = read_bundle(job)
-    training = load_examples(job.path / spec.training_file.path, bundle, spec.max_length, spec.turns)
-    validation = None
-    if spec.validation_file is not None:
-        validation = load_examples(job.path / spec.validation_file.path, bundle, spec.max_length, spec.turns)
-    start = job.start if spec.starts_from else None
-    tuned = model.add_lora(model.load_base(spec.base), spec.lora, spec.seed, start)
-    objective = Supervised()
+    training, validation = _examples(job, spec)
+    numbers = arithmetic.choose(spec.options)
+    start = job.start if spec.starts_from is not None else None
+    tuned = model.add_lora(model.load_base(spec.base, numbers), spec.lora, spec.seed, start)
+    if start is not None and spec.method in ("dpo", "kto"):
+        freeze_reference(tuned)
+    objective = make_objective(spec, check, training)
     progress = Progress(events, check, tuned, validation, told, objective)
-    witness = loop.train(loop.Run(job, spec, check, tuned, training, validation, objective), progress)
+    witness = loop.train(loop.Run(job, spec, check, tuned, training, validation, objective, numbers), progress)
     write_adapter(job.adapter, tuned, job, spec, witness.score(tuned))
     events.sync()
+
+
+def _examples(job: JobDir, spec: JobSpec) -> tuple[Examples, Examples | None]:
+    """As the check stored them; written again where they are not there, or are of another version."""
+    try:
+        return stored_examples(job, spec)
+    except StaleExamples:
+        prepare_examples(job, spec)
+        return stored_examples(job, spec)
 
 
 def _set_environment(threads: int) -> None:
@@ -126,6 +138,8 @@ def _explained(error: Exception, check: Check | None) -> TrainerError:
     said = f"{type(error).__name__}: {error}"
     if said.startswith("InvalidLoss"):
         return TrainerError("invalid_loss", str(error), "hyperparameters")
+    if said.startswith("UnsupportedOption"):
+        return TrainerError("unsupported_option", str(error), "method")
     if said.startswith(("MemoryError", "OutOfMemoryError")) or "DefaultCPUAllocator" in said:
         size = f" (it was {check.batch_size})" if check else ""
         message = f"Training ran out of memory. Set a smaller batch_size{size}, or split the longest examples"

@@ -19,9 +19,9 @@ from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gateway.jobdir import Check, read_json
-from trainer.batches import pad
-from trainer.dataset import Examples
+from trainer.batches import collate
 from trainer.events import EventLog
+from trainer.examples import Examples
 from trainer.scoring import Objective, Score, evaluating
 
 _PROGRESS_EVERY_S = 2.0
@@ -55,7 +55,8 @@ class Progress(TrainerCallback):
         self.metrics: dict[str, Any] = {}  # of the last step
         self._events, self._check, self._model, self._validation, self._told = events, check, model, validation, told
         self._objective = objective
-        self._loss, self._correct, self._tokens = 0.0, 0, 0
+        self._extras: dict[str, float]
+        self._loss, self._correct, self._count, self._extras = 0.0, 0, 0, {}
         self._step_s: deque[float] = deque(maxlen=20)
         self._checkpoint_s = 0.0
         self._began = self._saved = self._said = time.monotonic()
@@ -64,7 +65,9 @@ class Progress(TrainerCallback):
         """Counts one pass; a step has one or more."""
         self._loss += float(found.loss.detach())
         self._correct += found.correct
-        self._tokens += found.tokens
+        self._count += found.count
+        for name, value in found.extras.items():
+            self._extras[name] = self._extras.get(name, 0.0) + value
 
     def resumed(self, step: int, checkpoint: Path) -> None:
         self._events.write("message", f"Training goes on from the checkpoint at step {step}")
@@ -83,7 +86,7 @@ class Progress(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         step, total = state.global_step, state.max_steps
-        loss = self._loss / max(1, self._tokens)
+        loss = self._loss / max(1, self._count)
         if not math.isfinite(loss):
             raise InvalidLoss(step, loss)
         epoch_ends = step % math.ceil(self._check.n_examples / self._check.batch_size) == 0
@@ -91,10 +94,11 @@ class Progress(TrainerCallback):
             "step": step,
             "total_steps": total,
             "train_loss": loss,
-            "train_mean_token_accuracy": self._correct / max(1, self._tokens),
+            "train_mean_token_accuracy": self._correct / max(1, self._count),
+            **{f"train_{name}": value / max(1, self._count) for name, value in self._extras.items()},
             **self._validate(step, total, epoch_ends),
         }
-        self._loss, self._correct, self._tokens = 0.0, 0, 0
+        self._loss, self._correct, self._count, self._extras = 0.0, 0, 0, {}
         self._events.write("metrics", _sentence(self.metrics), self.metrics)
         now = time.monotonic()
         self._step_s.append(now - self._began)
@@ -117,14 +121,14 @@ class Progress(TrainerCallback):
 
     def _measure(self, name: str, conversations: list[int]) -> dict[str, float]:
         assert self._validation is not None
-        loss, correct, tokens = 0.0, 0, 0
+        loss, correct, count = 0.0, 0, 0
         with evaluating(self._model):
             for start in range(0, len(conversations), 8):
-                chunk = [s for number in conversations[start : start + 8] for s in self._validation.sequences(number)]
-                batch = {name: tensor.to(self._model.device) for name, tensor in pad(chunk).items()}
+                batch = collate(self._validation, conversations[start : start + 8])
+                batch = {name: tensor.to(self._model.device) for name, tensor in batch.items()}
                 found = self._objective.score(self._model, batch)
-                loss, correct, tokens = loss + float(found.loss), correct + found.correct, tokens + found.tokens
-        return {f"{name}_loss": loss / max(1, tokens), f"{name}_mean_token_accuracy": correct / max(1, tokens)}
+                loss, correct, count = loss + float(found.loss), correct + found.correct, count + found.count
+        return {f"{name}_loss": loss / max(1, count), f"{name}_mean_token_accuracy": correct / max(1, count)}
 
     def _foresee(self, step: int, total: int) -> None:
         now = time.monotonic()
