@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,8 +33,11 @@ async def ask(shop: Workshop, client: Any, **fields: Any) -> Any:
 
 
 async def test_what_was_asked_for_reaches_the_trainer_and_is_shown(
-    tmp_path: Path, base: PreparedBase, engine: Engine
+    tmp_path: Path, base: PreparedBase, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(
+        sys.modules, "bitsandbytes", math
+    )  # there, whether or not it is installed: nothing imports it here
     async with open_workshop(tmp_path, base, engine, waits(tmp_path)) as shop, front_door(shop) as client:
         job = await ask(
             shop,
@@ -69,6 +74,18 @@ async def test_what_was_not_asked_for_is_shown_as_it_was_decided(
         assert (spec.method, spec.hyperparameters.beta, spec.lora.rank) == ("dpo", 0.5, 16)
         assert job.method is not None and job.method.type == "dpo" and job.hyperparameters.n_epochs is None
         await client.fine_tuning.jobs.cancel(job.id)
+
+
+async def test_what_the_server_has_no_package_for_is_refused_before_the_job_is_there(
+    tmp_path: Path, base: PreparedBase, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as Python has it of what cannot be imported
+    async with open_workshop(tmp_path, base, engine, waits(tmp_path)) as shop, front_door(shop) as client:
+        error = await refused(ask(shop, client, extra_body={"tunegate": {"quantization": "nf4"}}))
+        assert (error["status"], error["param"]) == (400, "tunegate.quantization")
+        assert "bitsandbytes" in error["message"] and list(shop.data_dir.jobs.iterdir()) == []
+        plain = await ask(shop, client, extra_body={"tunegate": {"quantization": "none"}})
+        await client.fine_tuning.jobs.cancel(plain.id)
 
 
 async def test_what_the_base_or_its_engine_cannot_do_is_refused_where_it_was_said(
