@@ -10,8 +10,6 @@ TRL prepares no data here (`skip_prepare_dataset`), pads nothing and computes no
 from __future__ import annotations
 
 import math
-import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,17 +25,16 @@ from trl import SFTConfig, SFTTrainer
 from gateway.chat.bundle import TOKENIZER_FILE
 from gateway.jobdir import Check, JobDir, JobSpec, write_json
 from trainer.batches import Batches, fitting_pass_size
+from trainer.checkpoints import drop_old, newest_checkpoint, open_checkpoints, served_checkpoints, step_of
 from trainer.dataset import Examples
 from trainer.export.adapter import write_adapter, write_peft_files
-from trainer.export.folder import complete_folder, sweep
+from trainer.export.folder import complete_folder
 from trainer.export.witness import Witness
 from trainer.model import base_learning_rate
 from trainer.progress import Progress
 from trainer.scoring import Objective
 
-CHECKPOINTS_KEPT = 3
 _WARMUP_SHARE = 0.05
-_STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -55,35 +52,16 @@ class Run:
 
 def train(run: Run, progress: Progress) -> Witness:
     """Trains `run.model` to the last step, from the newest checkpoint if there is one. Raises InvalidLoss."""
-    for folder in (run.job.checkpoints, served_checkpoints(run.job)):
-        folder.mkdir(exist_ok=True)
-        sweep(folder)
+    open_checkpoints(run.job)
     witness = Witness(
         run.validation or run.training, run.model, run.spec.max_length
     )  # before the first step: the base's view of it
     trainer = LoopTrainer(run, witness, progress)
     newest = newest_checkpoint(run.job)
     if newest is not None:
-        progress.resumed(int(newest.name.removeprefix("step-")), newest)
+        progress.resumed(step_of(newest), newest)
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     return witness
-
-
-def newest_checkpoint(job: JobDir) -> Path | None:
-    """The complete checkpoint with the most steps."""
-    found = step_folders(job.checkpoints)
-    return found[-1] if found else None
-
-
-def step_folders(parent: Path) -> list[Path]:
-    """The folders step-N, by N."""
-    named = [path for path in parent.iterdir() if _STEP_FOLDER.fullmatch(path.name)] if parent.is_dir() else []
-    return sorted(named, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def served_checkpoints(job: JobDir) -> Path:
-    """Where each kept checkpoint is as an adapter folder: adapter_checkpoints/step-N/."""
-    return job.path / "adapter_checkpoints"
 
 
 class LoopTrainer(SFTTrainer):
@@ -166,16 +144,8 @@ class LoopTrainer(SFTTrainer):
             self.state.save_to_json(str(folder / "trainer_state.json"))
             write_json(folder / "metrics.json", self.progress.metrics)
         self.progress.checkpoint_written()
-        for parent in (job.checkpoints, served_checkpoints(job)):
-            for old in step_folders(parent)[:-CHECKPOINTS_KEPT]:
-                _remove(old)
+        drop_old(job)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PeftModel | None = None) -> None:
         tensors = load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors")
         set_peft_model_state_dict(self.run.model, tensors)
-
-
-def _remove(folder: Path) -> None:
-    """First out of the way, so that a half-removed folder never looks like a complete one."""
-    beside = folder.rename(folder.parent / f".writing-{folder.name}")
-    shutil.rmtree(beside)
