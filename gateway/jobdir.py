@@ -5,6 +5,7 @@
     data/           pinned copies (hard links) of the input files
     template/       the template bundle that prompts are rendered through: template.json, tokenizer.json
     check.json      what `python -m trainer JOB_DIR --check` found: counts, resolved hyperparameters, or the error
+    examples/       the input files' conversations as token ids, written by the check (trainer/examples.py)
     attempts/N/events.jsonl     one file an attempt, one JSON object a line, keyed (attempt, seq)
     start/          where training goes on from: another adapter's adapter_model.safetensors and adapter_config.json
     checkpoints/step-N/         complete or absent: written beside, fsynced, renamed
@@ -243,6 +244,7 @@ class JobDir:
         self.lock = self.path / "lock"
         self.data = self.path / "data"
         self.template = self.path / "template"
+        self.examples = self.path / "examples"
         self.start = self.path / "start"
         self.attempts = self.path / "attempts"
         self.checkpoints = self.path / "checkpoints"

@@ -19,7 +19,9 @@ from pathlib import Path
 
 from gateway.jobdir import LOCKED_EXIT_CODE, Check, JobDir, JobSpec, Result, TrainerError
 from trainer.check import run_check
+from trainer.dataset import prepare_examples, stored_examples
 from trainer.events import EventLog, told_checkpoints
+from trainer.examples import Examples, StaleExamples
 from trainer.export.folder import sweep
 
 # how torch and safetensors report what Python would raise OSError for
@@ -85,23 +87,27 @@ def _train(job: JobDir, spec: JobSpec, check: Check, events: EventLog, told: set
     import torch
 
     from trainer import loop, model
-    from trainer.dataset import load_examples, read_bundle
     from trainer.export.adapter import write_adapter
     from trainer.progress import Progress
     from trainer.sft import Supervised
 
     torch.set_num_threads(spec.threads)
-    bundle = read_bundle(job)
-    training = load_examples(job.path / spec.training_file.path, bundle, spec.max_length, spec.turns)
-    validation = None
-    if spec.validation_file is not None:
-        validation = load_examples(job.path / spec.validation_file.path, bundle, spec.max_length, spec.turns)
+    training, validation = _examples(job, spec)
     tuned = model.add_lora(model.load_base(spec.base), spec.lora, spec.seed)
     objective = Supervised()
     progress = Progress(events, check, tuned, validation, told, objective)
     witness = loop.train(loop.Run(job, spec, check, tuned, training, validation, objective), progress)
     write_adapter(job.adapter, tuned, job, spec, witness.score(tuned))
     events.sync()
+
+
+def _examples(job: JobDir, spec: JobSpec) -> tuple[Examples, Examples | None]:
+    """As the check stored them; written again where they are not there, or are of another version."""
+    try:
+        return stored_examples(job, spec)
+    except StaleExamples:
+        prepare_examples(job, spec)
+        return stored_examples(job, spec)
 
 
 def _set_environment(threads: int) -> None:

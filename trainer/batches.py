@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from gateway.chat.render import IGNORED, TrainingSequence
-from trainer.dataset import Examples
+from trainer.examples import Examples
 
 _BATCHES_SORTED_TOGETHER = 16
 _PAD = 0  # any id will do: padding is on the right, and no position looks to its right

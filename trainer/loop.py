@@ -26,7 +26,7 @@ from gateway.chat.bundle import TOKENIZER_FILE
 from gateway.jobdir import Check, JobDir, JobSpec, write_json
 from trainer.batches import Batches, fitting_pass_size
 from trainer.checkpoints import drop_old, newest_checkpoint, open_checkpoints, served_checkpoints, step_of
-from trainer.dataset import Examples
+from trainer.examples import Examples
 from trainer.export.adapter import write_adapter, write_peft_files
 from trainer.export.folder import complete_folder
 from trainer.export.witness import Witness

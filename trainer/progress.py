@@ -20,8 +20,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from gateway.jobdir import Check, read_json
 from trainer.batches import pad
-from trainer.dataset import Examples
 from trainer.events import EventLog
+from trainer.examples import Examples
 from trainer.scoring import Objective, Score, evaluating
 
 _PROGRESS_EVERY_S = 2.0

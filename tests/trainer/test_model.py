@@ -15,7 +15,8 @@ from trl.trainer.utils import add_fused_lm_head
 from gateway.chat.render import IGNORED, TrainingSequence
 from gateway.jobdir import BaseRef, JobDir, Lora
 from trainer.batches import Batches, EpochOrder, fitting_pass_size, pad
-from trainer.dataset import Examples, load_examples, read_bundle
+from trainer.dataset import load_examples, read_bundle
+from trainer.examples import Examples
 from trainer.model import add_lora, base_learning_rate, load_base
 from trainer.scoring import evaluating, score, token_logprobs
 
@@ -102,10 +103,7 @@ def test_token_logprobs_are_those_of_a_plain_forward(base: BaseRef) -> None:
 
 
 def test_a_conversation_counts_once_and_its_sequences_stay_together() -> None:
-    examples = Examples()
-    for number in range(10):
-        sequence = TrainingSequence([number + 1, 7], [IGNORED, 7])
-        examples.append([sequence] * (1 + number % 3))
+    examples = Examples.of([TrainingSequence([n + 1, 7], [IGNORED, 7])] * (1 + n % 3) for n in range(10))
     seen = []
     for batch in Batches(examples, batch_size=4, pass_size=4, seed=1):
         firsts = batch["input_ids"][:, 0].tolist()

@@ -16,7 +16,7 @@ from typing import Any
 from peft import PeftModel
 
 from gateway.chat.render import IGNORED
-from trainer.dataset import Examples
+from trainer.examples import Examples
 from trainer.scoring import evaluating, token_logprobs
 
 ITEMS, TOKENS = 6, 24
