@@ -20,9 +20,10 @@ from pathlib import Path
 from gateway.jobdir import LOCKED_EXIT_CODE, Check, JobDir, JobSpec, Result, TrainerError
 from trainer.check import run_check
 from trainer.dataset import prepare_examples, stored_examples
-from trainer.events import EventLog, told_checkpoints
+from trainer.events import EventLog, Silence, told_checkpoints
 from trainer.examples import Examples, StaleExamples
 from trainer.export.folder import sweep
+from trainer.group import LostRanks, RankFailed, is_lost, threads_of_rank, train_together
 
 # how torch and safetensors report what Python would raise OSError for
 _STORAGE_FAILURES = ("PytorchStreamWriter", "inline_container", "I/O error", "os error")
@@ -54,8 +55,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(job: JobDir) -> Result:
-    """Trains the job to its end, whatever that is. Raises OSError where trying again may help."""
+def run(job: JobDir, rank: int | None = None) -> Result:
+    """Trains the job to its end, whatever that is. Raises OSError where trying again may help.
+
+    With `rank` as one of several processes (see `rank`); a job for several is handed to `group` where it is None.
+    """
     check = None
     try:
         spec = job.read_spec()
@@ -65,39 +69,54 @@ def run(job: JobDir) -> Result:
             job.write_check(check)
         if check.error is not None:
             return Result("failed", check.error)
-        sweep(job.path)
-        if not job.adapter.is_dir():  # it may be there: killed just before the result
+        if rank is None:
+            sweep(job.path)
+        if job.adapter.is_dir():  # killed just before the result
+            pass
+        elif rank is None and spec.launch.processes > 1:
+            train_together(job, spec)
+        else:
             told = told_checkpoints(job)
-            with EventLog(job.events_path(job.next_attempt())) as events:  # before the imports: seen to be at work
-                _train(job, spec, check, events, told)
+            # before the imports: seen to be at work
+            with Silence() if rank else EventLog(job.events_path(job.next_attempt())) as events:
+                _train(job, spec, check, events, told, rank)
         return Result("succeeded", None, check.n_tokens * check.n_epochs, check.total_steps)
+    except RankFailed as failed:
+        return Result("failed", failed.error)
     except Exception as error:  # the process boundary: logged, and recorded as the job's failure
         if isinstance(error, OSError):
             raise
+        if rank is not None and is_lost(error):
+            raise LostRanks(str(error)) from error
         if any(words in str(error) for words in _STORAGE_FAILURES):
             raise OSError(f"{job.path} cannot be written: {error}") from error
         traceback.print_exc()
         return Result("failed", _explained(error, check))
 
 
-def _train(job: JobDir, spec: JobSpec, check: Check, events: EventLog, told: set[int]) -> None:
-    _set_environment(spec.threads)
+def _train(
+    job: JobDir, spec: JobSpec, check: Check, events: EventLog, told: set[int], rank: int | None = None
+) -> None:
+    threads = spec.threads if rank is None else threads_of_rank(spec)
+    _set_environment(threads)
     warnings.simplefilter("ignore", FutureWarning)  # the pinned libraries' words to one another
     # torch, transformers and trl take seconds to import: only a job that will train pays for them
     import torch
 
     from trainer import loop, model
-    from trainer.export.adapter import write_adapter
+    from trainer.distributed import ALONE, join
     from trainer.progress import Progress
     from trainer.sft import Supervised
 
-    torch.set_num_threads(spec.threads)
+    torch.set_num_threads(threads)
+    ranks = ALONE if rank is None else join(spec.launch.sharding)
     training, validation = _examples(job, spec)
     tuned = model.add_lora(model.load_base(spec.base), spec.lora, spec.seed)
     objective = Supervised()
-    progress = Progress(events, check, tuned, validation, told, objective)
-    witness = loop.train(loop.Run(job, spec, check, tuned, training, validation, objective), progress)
-    write_adapter(job.adapter, tuned, job, spec, witness.score(tuned))
+    progress = Progress(events, check, tuned, validation, told, objective, ranks)
+    run = loop.Run(job, spec, check, tuned, training, validation, objective, ranks)
+    witness = loop.train(run, progress)
+    loop.save_adapter(run, witness, job.adapter)
     events.sync()
 
 

@@ -16,6 +16,7 @@ from gateway.chat.render import IGNORED, TrainingSequence
 from trainer.examples import Examples
 
 _BATCHES_SORTED_TOGETHER = 16
+FILLER = "filler"  # in a pass that only keeps this rank in step with the others: its loss counts nothing
 _PAD = 0  # any id will do: padding is on the right, and no position looks to its right
 
 
@@ -33,25 +34,38 @@ def pad(sequences: Sequence[TrainingSequence]) -> dict[str, torch.Tensor]:
 class EpochOrder(Sampler[list[int]]):
     """Batches of conversation numbers, shuffled anew each epoch; a batch comes in passes of `pass_size`.
 
+    With several ranks each has its share of every batch, in as many passes as the others: one that has nothing left gets a
+    filler, a conversation whose number is past the last one's.
+
     Conversations of like length share a batch: each stretch of some batches is sorted by length, then the batches are
     shuffled. On short requests to an assistant that saves a fifth of the work, which was padding.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, pass_size: int, seed: int) -> None:
-        """`pass_size` divides `batch_size`."""
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, pass_size: int, seed: int, rank: int = 0, world: int = 1
+    ) -> None:
+        """`pass_size` divides a rank's share of `batch_size`."""
         self.lengths, self.batch_size, self.pass_size, self.seed = lengths, batch_size, pass_size, seed
+        self.rank, self.world = rank, world
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return math.ceil(len(self.lengths) / self.pass_size)
+        full, short = divmod(len(self.lengths), self.batch_size)
+        return full * self._count_passes(self.batch_size) + self._count_passes(short)
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self._batches():
-            for start in range(0, len(batch), self.pass_size):
-                yield batch[start : start + self.pass_size]
+            share = batch[self.rank :: self.world]  # of like length on all ranks: a batch is sorted
+            for number in range(self._count_passes(len(batch))):
+                start = number * self.pass_size
+                yield share[start : start + self.pass_size] or [batch[0] + len(self.lengths)]
+
+    def _count_passes(self, size: int) -> int:
+        """How many passes a batch of `size` conversations takes, the same on every rank."""
+        return math.ceil(math.ceil(size / self.world) / self.pass_size)
 
     def _batches(self) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
@@ -70,16 +84,25 @@ class EpochOrder(Sampler[list[int]]):
 class Batches(DataLoader[dict[str, torch.Tensor]]):
     """Padded passes of conversations; all sequences of a conversation are in the same one."""
 
-    def __init__(self, examples: Examples, batch_size: int, pass_size: int, seed: int) -> None:
-        self.order = EpochOrder(examples.lengths(), batch_size, pass_size, seed)
+    def __init__(
+        self, examples: Examples, batch_size: int, pass_size: int, seed: int, rank: int = 0, world: int = 1
+    ) -> None:
+        self.order = EpochOrder(examples.lengths(), batch_size, pass_size, seed, rank, world)
         super().__init__(
-            range(len(examples)),
+            range(2 * len(examples)),
             batch_sampler=self.order,
-            collate_fn=lambda numbers: pad([s for number in numbers for s in examples.sequences(number)]),
+            collate_fn=lambda numbers: _collate(examples, numbers),
         )
 
     def set_epoch(self, epoch: int) -> None:
         self.order.set_epoch(epoch)
+
+
+def _collate(examples: Examples, numbers: list[int]) -> dict[str, torch.Tensor]:
+    """A padded pass. A number past the last conversation is a filler's: another rank trains on it (see FILLER)."""
+    count = len(examples)
+    inputs = pad([sequence for number in numbers for sequence in examples.sequences(number % count)])
+    return inputs | {FILLER: torch.tensor(True)} if numbers[0] >= count else inputs
 
 
 def fitting_pass_size(batch_size: int, longest: int, token_budget: int = 16_384) -> int:

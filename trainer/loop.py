@@ -23,16 +23,17 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from gateway.chat.bundle import TOKENIZER_FILE
+from gateway.chat.render import IGNORED
 from gateway.jobdir import Check, JobDir, JobSpec, write_json
-from trainer.batches import Batches, fitting_pass_size
+from trainer.batches import FILLER, Batches, fitting_pass_size
 from trainer.checkpoints import drop_old, newest_checkpoint, open_checkpoints, served_checkpoints, step_of
+from trainer.distributed import ALONE, Ranks, route
 from trainer.examples import Examples
 from trainer.export.adapter import write_adapter, write_peft_files
-from trainer.export.folder import complete_folder
 from trainer.export.witness import Witness
 from trainer.model import base_learning_rate
 from trainer.progress import Progress
-from trainer.scoring import Objective
+from trainer.scoring import Objective, Score
 
 _WARMUP_SHARE = 0.05
 
@@ -48,20 +49,29 @@ class Run:
     training: Examples
     validation: Examples | None
     objective: Objective
+    ranks: Ranks = ALONE
 
 
 def train(run: Run, progress: Progress) -> Witness:
     """Trains `run.model` to the last step, from the newest checkpoint if there is one. Raises InvalidLoss."""
     open_checkpoints(run.job)
     witness = Witness(
-        run.validation or run.training, run.model, run.spec.max_length
+        run.validation or run.training, run.model, run.spec.max_length, run.ranks
     )  # before the first step: the base's view of it
     trainer = LoopTrainer(run, witness, progress)
     newest = newest_checkpoint(run.job)
     if newest is not None:
         progress.resumed(step_of(newest), newest)
+        set_peft_model_state_dict(run.model, load_file(newest / "adapter_model.safetensors"))
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     return witness
+
+
+def save_adapter(run: Run, witness: Witness, path: Path) -> None:
+    """Writes the adapter as it is now: all ranks score the witness and gather the tensors, the first one writes."""
+    scored, tensors = witness.score(run.model), run.ranks.adapter(run.model)
+    if run.ranks.is_first:
+        write_adapter(path, run.model, run.job, run.spec, scored, tensors)
 
 
 class LoopTrainer(SFTTrainer):
@@ -69,7 +79,8 @@ class LoopTrainer(SFTTrainer):
 
     def __init__(self, run: Run, witness: Witness, progress: Progress) -> None:
         self.run, self.witness, self.progress = run, witness, progress
-        self.pass_size = fitting_pass_size(run.check.batch_size, max(run.training.lengths()))
+        self.rank_size = math.ceil(run.check.batch_size / run.ranks.world)  # conversations of a batch for each rank
+        self.pass_size = fitting_pass_size(self.rank_size, max(run.training.lengths()))
         super().__init__(
             model=run.model,
             args=self._config(),
@@ -79,9 +90,13 @@ class LoopTrainer(SFTTrainer):
             callbacks=[progress],
         )
         self.remove_callback(PrinterCallback)
+        if run.ranks.world > 1:
+            route(run.model)
 
     def get_train_dataloader(self) -> Batches:
-        return Batches(self.run.training, self.run.check.batch_size, self.pass_size, self.run.spec.seed)
+        run = self.run
+        size, ranks = run.check.batch_size, run.ranks
+        return Batches(run.training, size, self.pass_size, run.spec.seed, ranks.rank, ranks.world)
 
     def compute_loss(
         self,
@@ -90,11 +105,26 @@ class LoopTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Summed over the trained tokens of this pass, divided by those of the whole batch."""
-        found = self.run.objective.score(self.run.model, inputs)
-        self.progress.tally(found)
+        """Summed over the trained tokens of this pass, divided by those of the whole batch, on whatever ranks they are.
+
+        Times the ranks: their gradients are averaged.
+        """
+        run = self.run
+        is_filler = inputs.pop(FILLER, None) is not None
+        found: Score = run.ranks.inside(model, run.objective.score, run.model, inputs)
         assert num_items_in_batch is not None, "the loss is normalised by the trained tokens of the whole batch"
-        return found.loss / max(1, int(num_items_in_batch))
+        if is_filler:
+            return found.loss * 0.0
+        self.progress.tally(found)
+        return found.loss / max(1, int(num_items_in_batch)) * run.ranks.world
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+        """The trained tokens of the whole batch: transformers adds up those of the ranks, and a filler has none."""
+        counted = [
+            inputs | {"labels": torch.full_like(inputs["labels"], IGNORED)} if FILLER in inputs else inputs
+            for inputs in batch_samples
+        ]
+        return super()._get_num_items_in_batch(counted, device)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Nobody asks, and counting costs a walk over all parameters each step."""
@@ -112,7 +142,7 @@ class LoopTrainer(SFTTrainer):
             seed=spec.seed,
             num_train_epochs=check.n_epochs,
             per_device_train_batch_size=self.pass_size,
-            gradient_accumulation_steps=check.batch_size // self.pass_size,
+            gradient_accumulation_steps=self.rank_size // self.pass_size,
             learning_rate=check.learning_rate_multiplier * base_learning_rate(self.run.model.config.hidden_size),
             lr_scheduler_type="cosine",
             warmup_steps=math.ceil(_WARMUP_SHARE * check.total_steps),
@@ -129,23 +159,25 @@ class LoopTrainer(SFTTrainer):
             eval_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            **self.run.ranks.arguments(),
         )
 
     def _save_checkpoint(self, model: PeftModel, trial: Any) -> None:
         """The servable adapter first, then what resuming needs, then the event: each implies the one before."""
         step = self.state.global_step
-        job = self.run.job
-        adapter = served_checkpoints(job) / f"step-{step}"
-        write_adapter(adapter, self.run.model, job, self.run.spec, self.witness.score(self.run.model))
-        with complete_folder(job.checkpoints / f"step-{step}") as folder:
-            write_peft_files(folder, self.run.model)
+        job, ranks = self.run.job, self.run.ranks
+        save_adapter(self.run, self.witness, served_checkpoints(job) / f"step-{step}")
+        tensors = ranks.adapter(self.run.model)
+        with ranks.folder(job.checkpoints / f"step-{step}") as folder:
             self._save_optimizer_and_scheduler(str(folder))
             self._save_rng_state(str(folder))
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-            write_json(folder / "metrics.json", self.progress.metrics)
-        self.progress.checkpoint_written()
-        drop_old(job)
+            if ranks.is_first:
+                write_peft_files(folder, self.run.model, tensors)
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+                write_json(folder / "metrics.json", self.progress.metrics)
+        if ranks.is_first:
+            self.progress.checkpoint_written()
+            drop_old(job)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PeftModel | None = None) -> None:
-        tensors = load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors")
-        set_peft_model_state_dict(self.run.model, tensors)
+        """Done before the model was wrapped: see `train`."""

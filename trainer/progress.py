@@ -20,6 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from gateway.jobdir import Check, read_json
 from trainer.batches import pad
+from trainer.distributed import ALONE, Ranks
 from trainer.events import EventLog
 from trainer.examples import Examples
 from trainer.scoring import Objective, Score, evaluating
@@ -50,12 +51,13 @@ class Progress(TrainerCallback):
         validation: Examples | None,
         told: set[int],
         objective: Objective,
+        ranks: Ranks = ALONE,
     ) -> None:
         """`told` are the steps whose checkpoint an earlier attempt has announced."""
         self.metrics: dict[str, Any] = {}  # of the last step
         self._events, self._check, self._model, self._validation, self._told = events, check, model, validation, told
-        self._objective = objective
-        self._loss, self._correct, self._tokens = 0.0, 0, 0
+        self._objective, self._ranks = objective, ranks
+        self._loss, self._correct, self._tokens = 0.0, 0.0, 0.0
         self._step_s: deque[float] = deque(maxlen=20)
         self._checkpoint_s = 0.0
         self._began = self._saved = self._said = time.monotonic()
@@ -83,9 +85,10 @@ class Progress(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         step, total = state.global_step, state.max_steps
+        if not math.isfinite(self._loss):  # before the ranks' losses are added up: this one's job is to say so
+            raise InvalidLoss(step, self._loss)
+        self._loss, self._correct, self._tokens = self._ranks.total(self._loss, self._correct, self._tokens)
         loss = self._loss / max(1, self._tokens)
-        if not math.isfinite(loss):
-            raise InvalidLoss(step, loss)
         epoch_ends = step % math.ceil(self._check.n_examples / self._check.batch_size) == 0
         self.metrics = {
             "step": step,
@@ -94,7 +97,7 @@ class Progress(TrainerCallback):
             "train_mean_token_accuracy": self._correct / max(1, self._tokens),
             **self._validate(step, total, epoch_ends),
         }
-        self._loss, self._correct, self._tokens = 0.0, 0, 0
+        self._loss, self._correct, self._tokens = 0.0, 0.0, 0.0
         self._events.write("metrics", _sentence(self.metrics), self.metrics)
         now = time.monotonic()
         self._step_s.append(now - self._began)
@@ -117,13 +120,18 @@ class Progress(TrainerCallback):
 
     def _measure(self, name: str, conversations: list[int]) -> dict[str, float]:
         assert self._validation is not None
-        loss, correct, tokens = 0.0, 0, 0
+        chunks = [conversations[start : start + 8] for start in range(0, len(conversations), 8)]
+        sums: list[float] = []  # of each of this rank's chunks: loss, correct, tokens
         with evaluating(self._model):
-            for start in range(0, len(conversations), 8):
-                chunk = [s for number in conversations[start : start + 8] for s in self._validation.sequences(number)]
-                batch = {name: tensor.to(self._model.device) for name, tensor in pad(chunk).items()}
-                found = self._objective.score(self._model, batch)
-                loss, correct, tokens = loss + float(found.loss), correct + found.correct, tokens + found.tokens
+            for number in self._ranks.share(len(chunks)):
+                chunk = chunks[number or 0]
+                batch = pad([sequence for conversation in chunk for sequence in self._validation.sequences(conversation)])
+                batch = {name: tensor.to(self._model.device) for name, tensor in batch.items()}
+                found = self._ranks.inside(self._model, self._objective.score, self._model, batch)
+                sums += [0.0] * 3 if number is None else [float(found.loss), found.correct, found.tokens]
+        ranks = self._ranks.each(sums)
+        in_order = [row[place : place + 3] for place in range(0, len(sums), 3) for row in ranks]  # as one rank has them
+        loss, correct, tokens = (sum(column) for column in zip(*in_order, strict=True))
         return {f"{name}_loss": loss / max(1, tokens), f"{name}_mean_token_accuracy": correct / max(1, tokens)}
 
     def _foresee(self, step: int, total: int) -> None:

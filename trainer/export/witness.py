@@ -16,6 +16,7 @@ from typing import Any
 from peft import PeftModel
 
 from gateway.chat.render import IGNORED
+from trainer.distributed import ALONE, Ranks
 from trainer.examples import Examples
 from trainer.scoring import evaluating, token_logprobs
 
@@ -26,13 +27,14 @@ _CANDIDATES = 24
 class Witness:
     """The chosen items and the base's view of them, computed once; `score` adds that of the adapter as it is now."""
 
-    def __init__(self, examples: Examples, model: PeftModel, max_length: int) -> None:
+    def __init__(self, examples: Examples, model: PeftModel, max_length: int, ranks: Ranks = ALONE) -> None:
         self._items = _choose(examples, max_length - TOKENS)
+        self._ranks = ranks
         with evaluating(model), model.disable_adapter():
             self._base = [token_logprobs(model, prompt + drawn, len(prompt)) for prompt, drawn in self._items]
 
     def score(self, model: PeftModel) -> dict[str, Any]:
-        """The content of witness.json."""
+        """The content of witness.json. With several ranks all of them score, since each has a part of the weights."""
         with evaluating(model):
             return {
                 "items": [
@@ -40,7 +42,9 @@ class Witness:
                         "prompt_ids": prompt,
                         "reply_ids": drawn,
                         "base_logprobs": base,
-                        "tuned_logprobs": token_logprobs(model, prompt + drawn, len(prompt)),
+                        "tuned_logprobs": self._ranks.inside(
+                            model, token_logprobs, model, prompt + drawn, len(prompt)
+                        ),
                     }
                     for (prompt, drawn), base in zip(self._items, self._base, strict=True)
                 ]
