@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from peft import PeftModel
 from torch import distributed
 from torch.distributed.tensor import DTensor
@@ -139,6 +140,12 @@ def route(model: PeftModel) -> None:
         return getattr(found, "loss", None), found
 
     model.forward = forward
+
+
+def shard_on_cpu(accelerator: Accelerator, plugin_args: dict[str, Any]) -> None:
+    """FSDP on processors, as on GPUs: torch has it, but accelerate takes it for GPUs' alone and falls back to DDP."""
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**plugin_args)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

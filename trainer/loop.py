@@ -27,7 +27,7 @@ from gateway.chat.render import IGNORED
 from gateway.jobdir import Check, JobDir, JobSpec, write_json
 from trainer.batches import FILLER, Batches, fitting_pass_size
 from trainer.checkpoints import drop_old, newest_checkpoint, open_checkpoints, served_checkpoints, step_of
-from trainer.distributed import ALONE, Ranks, route
+from trainer.distributed import ALONE, Ranks, route, shard_on_cpu
 from trainer.examples import Examples
 from trainer.export.adapter import write_adapter, write_peft_files
 from trainer.export.witness import Witness
@@ -97,6 +97,12 @@ class LoopTrainer(SFTTrainer):
         run = self.run
         size, ranks = run.check.batch_size, run.ranks
         return Batches(run.training, size, self.pass_size, run.spec.seed, ranks.rank, ranks.world)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp_plugin_args is not None and self.args.use_cpu:
+            shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
 
     def compute_loss(
         self,
