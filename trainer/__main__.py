@@ -2,6 +2,7 @@
 
     exit 0      there is a result.json (or, with --check, a check.json)
     exit 75     another trainer holds the job's lock; nothing was done
+    exit 76     paused: there was a file `pause` in the folder; the same command goes on from the checkpoint at that step
     exit 1      the machine failed (a full disk, say): no result, the same command goes on from the newest checkpoint
     a signal    no result either: who sent it knows why
 
@@ -11,22 +12,35 @@ What is wrong with the data, the numbers or the code ends in result.json as fail
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import traceback
 import warnings
 from pathlib import Path
 
-from gateway.jobdir import LOCKED_EXIT_CODE, Check, JobDir, JobSpec, Result, TrainerError
+from gateway.jobdir import (
+    LOCKED_EXIT_CODE,
+    PAUSED_EXIT_CODE,
+    Check,
+    JobDir,
+    JobSpec,
+    Result,
+    TrainerError,
+    out_of_memory_message,
+)
 from trainer.check import run_check
+from trainer.checkpoints import steps_taken, take_as_result
 from trainer.dataset import prepare_examples, stored_examples
 from trainer.events import EventLog, Silence, told_checkpoints
 from trainer.examples import Examples, StaleExamples
 from trainer.export.folder import sweep
 from trainer.group import LostRanks, RankFailed, is_lost, threads_of_rank, train_together
+from trainer.stopping import Diverged, InvalidLoss, Paused
 
 # how torch and safetensors report what Python would raise OSError for
 _STORAGE_FAILURES = ("PytorchStreamWriter", "inline_container", "I/O error", "os error")
+_MEMORY_FAILURES = ("DefaultCPUAllocator", "std::bad_alloc", "Cannot allocate memory", "(os error 12)")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,6 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
             job.write_check(run_check(job, job.read_spec()))
         elif job.read_result() is None:
             result = run(job)
+            if result is None:
+                return PAUSED_EXIT_CODE
             job.write_result(result)
     except OSError:
         traceback.print_exc()
@@ -55,12 +71,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(job: JobDir, rank: int | None = None) -> Result:
-    """Trains the job to its end, whatever that is. Raises OSError where trying again may help.
+def run(job: JobDir, rank: int | None = None) -> Result | None:
+    """Trains the job to its end, whatever that is, or until it is paused (None). OSError where trying again may help.
 
     With `rank` as one of several processes (see `rank`); a job for several is handed to `group` where it is None.
     """
-    check = None
+    spec, check = None, None
     try:
         spec = job.read_spec()
         check = job.read_check()
@@ -75,23 +91,30 @@ def run(job: JobDir, rank: int | None = None) -> Result:
             pass
         elif rank is None and spec.launch.processes > 1:
             train_together(job, spec)
+            if not job.adapter.is_dir():
+                return None  # all of them ended well, and without a result: paused
         else:
             told = told_checkpoints(job)
             # before the imports: seen to be at work
             with Silence() if rank else EventLog(job.events_path(job.next_attempt())) as events:
                 _train(job, spec, check, events, told, rank)
-        return Result("succeeded", None, check.n_tokens * check.n_epochs, check.total_steps)
+        steps = steps_taken(job)  # fewer than all where it stopped early
+        return Result("succeeded", None, check.n_tokens * check.n_epochs * steps // check.total_steps, steps)
+    except Paused as paused:
+        print(f"{job.path}: {paused}", file=sys.stderr)
+        return None
     except RankFailed as failed:
         return Result("failed", failed.error)
     except Exception as error:  # the process boundary: logged, and recorded as the job's failure
-        if isinstance(error, OSError):
-            raise
-        if rank is not None and is_lost(error):
-            raise LostRanks(str(error)) from error
-        if any(words in str(error) for words in _STORAGE_FAILURES):
-            raise OSError(f"{job.path} cannot be written: {error}") from error
+        if not _is_out_of_memory(error):
+            if isinstance(error, OSError):
+                raise
+            if rank is not None and is_lost(error):
+                raise LostRanks(str(error)) from error
+            if any(words in str(error) for words in _STORAGE_FAILURES):
+                raise OSError(f"{job.path} cannot be written: {error}") from error
         traceback.print_exc()
-        return Result("failed", _explained(error, check))
+        return Result("failed", _explained(error, spec, check))
 
 
 def _train(
@@ -113,10 +136,13 @@ def _train(
     training, validation = _examples(job, spec)
     tuned = model.add_lora(model.load_base(spec.base), spec.lora, spec.seed)
     objective = Supervised()
-    progress = Progress(events, check, tuned, validation, told, objective, ranks)
+    progress = Progress(events, check, tuned, validation, told, objective, job, spec.options, ranks)
     run = loop.Run(job, spec, check, tuned, training, validation, objective, ranks)
-    witness = loop.train(run, progress)
-    loop.save_adapter(run, witness, job.adapter)
+    trained = loop.train(run, progress)
+    if trained.best is None:
+        loop.save_adapter(run, trained.witness, job.adapter)
+    elif ranks.is_first:
+        take_as_result(job, trained.best)
     events.sync()
 
 
@@ -146,15 +172,24 @@ def _set_environment(threads: int) -> None:
     }
 
 
-def _explained(error: Exception, check: Check | None) -> TrainerError:
-    said = f"{type(error).__name__}: {error}"
-    if said.startswith("InvalidLoss"):
+def _is_out_of_memory(error: Exception) -> bool:
+    """As Python, numpy, the kernel and torch (on a CPU, on a GPU) say it."""
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(words in str(error) for words in _MEMORY_FAILURES)
+    )
+
+
+def _explained(error: Exception, spec: JobSpec | None, check: Check | None) -> TrainerError:
+    if isinstance(error, InvalidLoss):
         return TrainerError("invalid_loss", str(error), "hyperparameters")
-    if said.startswith(("MemoryError", "OutOfMemoryError")) or "DefaultCPUAllocator" in said:
-        size = f" (it was {check.batch_size})" if check else ""
-        message = f"Training ran out of memory. Set a smaller batch_size{size}, or split the longest examples"
-        return TrainerError("out_of_memory", message, "hyperparameters")
-    return TrainerError("trainer_error", f"The trainer stopped unexpectedly. {said}")
+    if isinstance(error, Diverged):
+        return TrainerError("training_diverged", str(error), "hyperparameters")
+    if _is_out_of_memory(error):
+        return TrainerError("out_of_memory", out_of_memory_message(spec, check), "hyperparameters")
+    return TrainerError("trainer_error", f"The trainer stopped unexpectedly. {type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The checkpoints of a job on the disk: which there are, how one is written, which are kept.
 
-    checkpoints/step-N/             what going on from step N needs: weights, optimiser, scheduler, random states, metrics.json
+    checkpoints/step-N/             what going on from step N needs: weights, optimiser, scheduler, random states, progress.json
     adapter_checkpoints/step-N/     the same weights as an adapter folder that an engine can load
 
 Place in the flow: loop writes and goes on from them; the gateway serves the adapters. One rule: a folder is complete or
@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 from gateway.jobdir import JobDir
-from trainer.export.folder import sweep
+from trainer.export.folder import complete_folder, sweep
 
 KEPT = 3
 _STEP_FOLDER = re.compile(r"step-(\d+)")
@@ -39,6 +39,13 @@ def step_folders(parent: Path) -> list[Path]:
     return sorted(named, key=step_of)
 
 
+def steps_taken(job: JobDir) -> int:
+    """By a run that is over: it ends with a checkpoint."""
+    newest = newest_checkpoint(job)
+    assert newest is not None
+    return step_of(newest)
+
+
 def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
@@ -48,11 +55,18 @@ def served_checkpoints(job: JobDir) -> Path:
     return job.path / "adapter_checkpoints"
 
 
-def drop_old(job: JobDir) -> None:
-    """Keeps the last of both kinds."""
+def drop_old(job: JobDir, best_step: int | None) -> None:
+    """Keeps the last of both kinds, and the adapter of the best, which may become the result."""
     for parent in (job.checkpoints, served_checkpoints(job)):
         for old in step_folders(parent)[:-KEPT]:
-            _remove(old)
+            if parent == job.checkpoints or step_of(old) != best_step:
+                _remove(old)
+
+
+def take_as_result(job: JobDir, adapter: Path) -> None:
+    """Makes a checkpoint's adapter the job's: the same files."""
+    with complete_folder(job.adapter) as folder:
+        shutil.copytree(adapter, folder, dirs_exist_ok=True)
 
 
 def _remove(folder: Path) -> None:

@@ -10,6 +10,7 @@ TRL prepares no data here (`skip_prepare_dataset`), pads nothing and computes no
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from trainer.export.witness import Witness
 from trainer.model import base_learning_rate
 from trainer.progress import Progress
 from trainer.scoring import Objective, Score
+from trainer.stopping import Paused
 
 _WARMUP_SHARE = 0.05
 
@@ -52,19 +54,36 @@ class Run:
     ranks: Ranks = ALONE
 
 
-def train(run: Run, progress: Progress) -> Witness:
-    """Trains `run.model` to the last step, from the newest checkpoint if there is one. Raises InvalidLoss."""
+def train(run: Run, progress: Progress) -> Trained:
+    """Trains `run.model` to its end, from the newest checkpoint if there is one. Raises InvalidLoss, Diverged, Paused."""
     open_checkpoints(run.job)
+    began = time.monotonic()
     witness = Witness(
         run.validation or run.training, run.model, run.spec.max_length, run.ranks
     )  # before the first step: the base's view of it
+    progress.forecast.saved(time.monotonic() - began)
     trainer = LoopTrainer(run, witness, progress)
     newest = newest_checkpoint(run.job)
     if newest is not None:
         progress.resumed(step_of(newest), newest)
         set_peft_model_state_dict(run.model, load_file(newest / "adapter_model.safetensors"))
-    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-    return witness
+    if not progress.stopping.is_over:  # else killed behind its last checkpoint
+        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    if progress.paused:
+        raise Paused(progress.metrics["step"])
+    best = None
+    if progress.stopping.patience is not None:
+        progress.tell_best()
+        best = served_checkpoints(run.job) / f"step-{progress.stopping.best_step}"
+    return Trained(witness, best)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run came to: the model as it is now, or the adapter of an earlier, better checkpoint."""
+
+    witness: Witness
+    best: Path | None
 
 
 def save_adapter(run: Run, witness: Witness, path: Path) -> None:
@@ -168,11 +187,18 @@ class LoopTrainer(SFTTrainer):
             **self.run.ranks.arguments(),
         )
 
+    def _clip_grad_norm(self, model: PeftModel) -> torch.Tensor | float | None:
+        norm: torch.Tensor | float | None = super()._clip_grad_norm(model)
+        # With fp16 an infinite one is everyday: the scaler leaves that step out and scales less from then on.
+        self.progress.gradient_norm = None if norm is None or self.args.fp16 else float(norm)
+        return norm
+
     def _save_checkpoint(self, model: PeftModel, trial: Any) -> None:
         """The servable adapter first, then what resuming needs, then the event: each implies the one before."""
         step = self.state.global_step
         job, ranks = self.run.job, self.run.ranks
-        save_adapter(self.run, self.witness, served_checkpoints(job) / f"step-{step}")
+        if self.progress.is_listed:  # one that is only for a pause is nobody's model
+            save_adapter(self.run, self.witness, served_checkpoints(job) / f"step-{step}")
         tensors = ranks.adapter(self.run.model)
         with ranks.folder(job.checkpoints / f"step-{step}") as folder:
             self._save_optimizer_and_scheduler(str(folder))
@@ -180,10 +206,11 @@ class LoopTrainer(SFTTrainer):
             if ranks.is_first:
                 write_peft_files(folder, self.run.model, tensors)
                 self.state.save_to_json(str(folder / "trainer_state.json"))
-                write_json(folder / "metrics.json", self.progress.metrics)
+                write_json(folder / "progress.json", self.progress.state())
+        self.progress.checkpoint_written()
         if ranks.is_first:
-            self.progress.checkpoint_written()
-            drop_old(job)
+            stopping = self.progress.stopping
+            drop_old(job, None if stopping.patience is None else stopping.best_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PeftModel | None = None) -> None:
         """Done before the model was wrapped: see `train`."""

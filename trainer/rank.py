@@ -35,7 +35,7 @@ def main() -> int:
         traceback.print_exc()
         _fail(job, rank, Failure(time.time(), isinstance(error, LostRanks), f"{type(error).__name__}: {error}", None))
     else:
-        if result.error is not None:
+        if result is not None and result.error is not None:
             _fail(job, rank, Failure(time.time(), False, result.error.message, result.error))
     return 0
 
