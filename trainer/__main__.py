@@ -117,27 +117,32 @@ def run(job: JobDir, rank: int | None = None) -> Result | None:
         return Result("failed", _explained(error, spec, check))
 
 
-def _train(
-    job: JobDir, spec: JobSpec, check: Check, events: EventLog, told: set[int], rank: int | None = None
-) -> None:
+def _train(job: JobDir, spec: JobSpec, check: Check, events: EventLog, told: set[int], rank: int | None = None) -> None:
     threads = spec.threads if rank is None else threads_of_rank(spec)
     _set_environment(threads)
     warnings.simplefilter("ignore", FutureWarning)  # the pinned libraries' words to one another
-    # torch, transformers and trl take seconds to import: only a job that will train pays for them
+    if spec.options.quantization == "none":
+        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # as if it were not there: PEFT imports it for a second
+    # torch, transformers and peft take seconds to import: only a job that will train pays for them
     import torch
 
-    from trainer import loop, model
+    from trainer import arithmetic, loop, model
     from trainer.distributed import ALONE, join
+    from trainer.methods import make_objective
     from trainer.progress import Progress
-    from trainer.sft import Supervised
+    from trainer.reference import freeze_reference
 
     torch.set_num_threads(threads)
     ranks = ALONE if rank is None else join(spec.launch.sharding)
     training, validation = _examples(job, spec)
-    tuned = model.add_lora(model.load_base(spec.base), spec.lora, spec.seed)
-    objective = Supervised()
+    numbers = arithmetic.choose(spec.options)
+    start = job.start if spec.starts_from is not None else None
+    tuned = model.add_lora(model.load_base(spec.base, numbers), spec.lora, spec.seed, start)
+    if start is not None and spec.method in ("dpo", "kto"):
+        freeze_reference(tuned)
+    objective = make_objective(spec, check, training)
     progress = Progress(events, check, tuned, validation, told, objective, job, spec.options, ranks)
-    run = loop.Run(job, spec, check, tuned, training, validation, objective, ranks)
+    run = loop.Run(job, spec, check, tuned, training, validation, objective, numbers, ranks=ranks)
     trained = loop.train(run, progress)
     if trained.best is None:
         loop.save_adapter(run, trained.witness, job.adapter)
@@ -187,6 +192,8 @@ def _explained(error: Exception, spec: JobSpec | None, check: Check | None) -> T
         return TrainerError("invalid_loss", str(error), "hyperparameters")
     if isinstance(error, Diverged):
         return TrainerError("training_diverged", str(error), "hyperparameters")
+    if type(error).__name__ == "UnsupportedOption":
+        return TrainerError("unsupported_option", str(error), "method")
     if _is_out_of_memory(error):
         return TrainerError("out_of_memory", out_of_memory_message(spec, check), "hyperparameters")
     return TrainerError("trainer_error", f"The trainer stopped unexpectedly. {type(error).__name__}: {error}")

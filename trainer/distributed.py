@@ -154,7 +154,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def zero_config(stage: int) -> dict[str, Any]:
-    """DeepSpeed's: the optimiser and the gradients are split (2), and the parameters too (3). "auto" is transformers' choice."""
+    """DeepSpeed's: the optimiser and gradients are split (2), and the parameters too (3). "auto" is what transformers says."""
     config: dict[str, Any] = {
         "zero_optimization": {"stage": stage, "contiguous_gradients": True, "overlap_comm": torch.cuda.is_available()},
         "zero_allow_untested_optimizer": True,  # torch's AdamW

@@ -69,13 +69,13 @@ def test_only_the_adapter_learns_and_the_head_has_none(base: BaseRef) -> None:
 def test_the_loss_is_that_of_trls_own_head(base: BaseRef, examples: Examples) -> None:
     model = add_lora(load_base(base), Lora(rank=4, alpha=8), seed=1)
     batch = pad([sequence for number in range(6) for sequence in examples.sequences(number)])
-    ours = score(model, **batch)
+    ours = score(model, batch)
     add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
     mask = (batch["input_ids"] != 0).long()
     theirs = model(**batch, attention_mask=mask, fused_lm_head=True, use_cache=False)
     assert math.isclose(ours.loss.item(), -theirs.log_probs.sum().item(), rel_tol=1e-5)
     assert ours.correct == int(theirs.is_top1.sum())
-    assert ours.tokens == int(theirs.label_mask.sum())
+    assert ours.count == int(theirs.label_mask.sum())
 
 
 def test_padding_and_splitting_change_neither_loss_nor_gradients(base: BaseRef, examples: Examples) -> None:
@@ -84,7 +84,7 @@ def test_padding_and_splitting_change_neither_loss_nor_gradients(base: BaseRef, 
     found = []
     for groups in ([[*sequences, short]], [sequences[:3], [*sequences[3:], short]], [[s] for s in [*sequences, short]]):
         model = add_lora(load_base(base), Lora(rank=4, alpha=8), seed=1)
-        total = sum(score(model, **pad(group)).loss for group in groups)
+        total = sum(score(model, pad(group)).loss for group in groups)
         total.backward()
         norms = [p.grad.norm().item() for p in model.parameters() if p.grad is not None]
         found.append((total.item(), norms))

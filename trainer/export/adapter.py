@@ -63,14 +63,16 @@ def write_adapter_files(
         _write_json(folder / "manifest.json", _manifest(folder, base, template_digest, config))
 
 
-def write_peft_files(
-    folder: Path, model: PeftModel, tensors: dict[str, torch.Tensor] | None = None
-) -> dict[str, Any]:
+def write_peft_files(folder: Path, model: PeftModel, tensors: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
     """adapter_model.safetensors and adapter_config.json; returns the latter's content.
 
     Not PEFT's own save: it writes sets in the order of their hashes and may look the base up on the hub.
     """
-    save_file(adapter_tensors(model) if tensors is None else tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(
+        adapter_tensors(model) if tensors is None else tensors,
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
     config = {
         key: sorted(value) if isinstance(value, (set, frozenset)) else value
         for key, value in model.peft_config["default"].to_dict().items()
