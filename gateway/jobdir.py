@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 LOCKED_EXIT_CODE = 75  # EX_TEMPFAIL: another trainer holds the lock; nothing was done
 PAUSED_EXIT_CODE = 76  # `pause` was there: the trainer ended behind a checkpoint
+CHECK_RECORD = "check.process.json"  # which process checks the job's files, as the gateway started it
 ADAPTER_GGUF = "adapter.gguf"  # for a llama worker: an adapter of a base that vLLM serves has none
 ADAPTER_FILES = (
     "adapter_model.safetensors",

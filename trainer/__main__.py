@@ -16,8 +16,8 @@ import errno
 import os
 import sys
 import traceback
-import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gateway.jobdir import (
     LOCKED_EXIT_CODE,
@@ -36,7 +36,11 @@ from trainer.events import EventLog, Silence, told_checkpoints
 from trainer.examples import Examples, StaleExamples
 from trainer.export.folder import sweep
 from trainer.group import LostRanks, RankFailed, is_lost, threads_of_rank, train_together
+from trainer.libraries import import_libraries, set_environment
 from trainer.stopping import Diverged, InvalidLoss, Paused
+
+if TYPE_CHECKING:
+    from trainer.standby import Warmth
 
 # how torch and safetensors report what Python would raise OSError for
 _STORAGE_FAILURES = ("PytorchStreamWriter", "inline_container", "I/O error", "os error")
@@ -56,22 +60,28 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{job.path}: another trainer is at work on this job", file=sys.stderr)
         return LOCKED_EXIT_CODE
     try:
-        if options.check:
+        return work(job, check_only=options.check)
+    finally:
+        os.close(lock)
+
+
+def work(job: JobDir, *, check_only: bool = False, warmth: Warmth | None = None) -> int:
+    """The exit code. The caller holds the job's lock; `warmth` is what a standby has ready."""
+    try:
+        if check_only:
             job.write_check(run_check(job, job.read_spec()))
         elif job.read_result() is None:
-            result = run(job)
+            result = run(job, warmth)
             if result is None:
                 return PAUSED_EXIT_CODE
             job.write_result(result)
     except OSError:
         traceback.print_exc()
         return 1
-    finally:
-        os.close(lock)
     return 0
 
 
-def run(job: JobDir, rank: int | None = None) -> Result | None:
+def run(job: JobDir, warmth: Warmth | None = None, rank: int | None = None) -> Result | None:
     """Trains the job to its end, whatever that is, or until it is paused (None). OSError where trying again may help.
 
     With `rank` as one of several processes (see `rank`); a job for several is handed to `group` where it is None.
@@ -97,7 +107,7 @@ def run(job: JobDir, rank: int | None = None) -> Result | None:
             told = told_checkpoints(job)
             # before the imports: seen to be at work
             with Silence() if rank else EventLog(job.events_path(job.next_attempt())) as events:
-                _train(job, spec, check, events, told, rank)
+                _train(job, spec, check, events, told, warmth, rank)
         steps = steps_taken(job)  # fewer than all where it stopped early
         return Result("succeeded", None, check.n_tokens * check.n_epochs * steps // check.total_steps, steps)
     except Paused as paused:
@@ -117,13 +127,23 @@ def run(job: JobDir, rank: int | None = None) -> Result | None:
         return Result("failed", _explained(error, spec, check))
 
 
-def _train(job: JobDir, spec: JobSpec, check: Check, events: EventLog, told: set[int], rank: int | None = None) -> None:
+def _train(
+    job: JobDir,
+    spec: JobSpec,
+    check: Check,
+    events: EventLog,
+    told: set[int],
+    warmth: Warmth | None = None,
+    rank: int | None = None,
+) -> None:
     threads = spec.threads if rank is None else threads_of_rank(spec)
-    _set_environment(threads)
-    warnings.simplefilter("ignore", FutureWarning)  # the pinned libraries' words to one another
-    if spec.options.quantization == "none":
-        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # as if it were not there: PEFT imports it for a second
     # torch, transformers and peft take seconds to import: only a job that will train pays for them
+    if warmth is None:
+        set_environment(threads)
+        sharded = spec.launch.sharding in ("zero2", "zero3")
+        import_libraries(quantised=spec.options.quantization != "none", sharded=sharded)
+    else:
+        warmth.wait()
     import torch
 
     from trainer import arithmetic, loop, model
@@ -137,7 +157,8 @@ def _train(job: JobDir, spec: JobSpec, check: Check, events: EventLog, told: set
     training, validation = _examples(job, spec)
     numbers = arithmetic.choose(spec.options)
     start = job.start if spec.starts_from is not None else None
-    tuned = model.add_lora(model.load_base(spec.base, numbers), spec.lora, spec.seed, start)
+    base = warmth.take(spec.base) if warmth is not None and numbers == arithmetic.EXACT else None
+    tuned = model.add_lora(base or model.load_base(spec.base, numbers), spec.lora, spec.seed, start)
     if start is not None and spec.method in ("dpo", "kto"):
         freeze_reference(tuned)
     objective = make_objective(spec, check, training)
@@ -158,23 +179,6 @@ def _examples(job: JobDir, spec: JobSpec) -> tuple[Examples, Examples | None]:
     except StaleExamples:
         prepare_examples(job, spec)
         return stored_examples(job, spec)
-
-
-def _set_environment(threads: int) -> None:
-    """Before torch is imported: no network, no telemetry, a fixed number of threads.
-
-    Threads that wait must sleep: spinning, two of them beside a busy engine on two cores made a step 20 times slower.
-    """
-    os.environ |= {
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "MKL_NUM_THREADS": str(threads),
-    }
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -30,7 +30,7 @@ def main() -> int:
     fcntl.flock(alive, fcntl.LOCK_SH)
     rank = int(os.environ["RANK"])
     try:
-        result = run(job, rank)
+        result = run(job, rank=rank)
     except OSError as error:
         traceback.print_exc()
         _fail(job, rank, Failure(time.time(), isinstance(error, LostRanks), f"{type(error).__name__}: {error}", None))
