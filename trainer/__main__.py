@@ -2,6 +2,7 @@
 
     exit 0      there is a result.json (or, with --check, a check.json)
     exit 75     another trainer holds the job's lock; nothing was done
+    exit 76     paused: there was a file `pause` in the folder; the same command goes on from the checkpoint at that step
     exit 1      the machine failed (a full disk, say): no result, the same command goes on from the newest checkpoint
     a signal    no result either: who sent it knows why
 
@@ -11,23 +12,39 @@ What is wrong with the data, the numbers or the code ends in result.json as fail
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gateway.jobdir import LOCKED_EXIT_CODE, Check, JobDir, JobSpec, Result, TrainerError
+from gateway.jobdir import (
+    LOCKED_EXIT_CODE,
+    PAUSED_EXIT_CODE,
+    Check,
+    JobDir,
+    JobSpec,
+    Result,
+    TrainerError,
+    out_of_memory_message,
+)
 from trainer.check import run_check
-from trainer.events import EventLog, told_checkpoints
+from trainer.checkpoints import steps_taken, take_as_result
+from trainer.dataset import prepare_examples, stored_examples
+from trainer.events import EventLog, Silence, told_checkpoints
+from trainer.examples import Examples, StaleExamples
 from trainer.export.folder import sweep
+from trainer.group import LostRanks, RankFailed, is_lost, threads_of_rank, train_together
 from trainer.libraries import import_libraries, set_environment
+from trainer.stopping import Diverged, InvalidLoss, Paused
 
 if TYPE_CHECKING:
     from trainer.standby import Warmth
 
 # how torch and safetensors report what Python would raise OSError for
 _STORAGE_FAILURES = ("PytorchStreamWriter", "inline_container", "I/O error", "os error")
+_MEMORY_FAILURES = ("DefaultCPUAllocator", "std::bad_alloc", "Cannot allocate memory", "(os error 12)")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,16 +71,22 @@ def work(job: JobDir, *, check_only: bool = False, warmth: Warmth | None = None)
         if check_only:
             job.write_check(run_check(job, job.read_spec()))
         elif job.read_result() is None:
-            job.write_result(run(job, warmth))
+            result = run(job, warmth)
+            if result is None:
+                return PAUSED_EXIT_CODE
+            job.write_result(result)
     except OSError:
         traceback.print_exc()
         return 1
     return 0
 
 
-def run(job: JobDir, warmth: Warmth | None = None) -> Result:
-    """Trains the job to its end, whatever that is. Raises OSError where trying again may help."""
-    check = None
+def run(job: JobDir, warmth: Warmth | None = None, rank: int | None = None) -> Result | None:
+    """Trains the job to its end, whatever that is, or until it is paused (None). OSError where trying again may help.
+
+    With `rank` as one of several processes (see `rank`); a job for several is handed to `group` where it is None.
+    """
+    spec, check = None, None
     try:
         spec = job.read_spec()
         check = job.read_check()
@@ -72,63 +95,112 @@ def run(job: JobDir, warmth: Warmth | None = None) -> Result:
             job.write_check(check)
         if check.error is not None:
             return Result("failed", check.error)
-        sweep(job.path)
-        if not job.adapter.is_dir():  # it may be there: killed just before the result
+        if rank is None:
+            sweep(job.path)
+        if job.adapter.is_dir():  # killed just before the result
+            pass
+        elif rank is None and spec.launch.processes > 1:
+            train_together(job, spec)
+            if not job.adapter.is_dir():
+                return None  # all of them ended well, and without a result: paused
+        else:
             told = told_checkpoints(job)
-            with EventLog(job.events_path(job.next_attempt())) as events:  # before the imports: seen to be at work
-                _train(job, spec, check, events, told, warmth)
-        return Result("succeeded", None, check.n_tokens * check.n_epochs, check.total_steps)
+            # before the imports: seen to be at work
+            with Silence() if rank else EventLog(job.events_path(job.next_attempt())) as events:
+                _train(job, spec, check, events, told, warmth, rank)
+        steps = steps_taken(job)  # fewer than all where it stopped early
+        return Result("succeeded", None, check.n_tokens * check.n_epochs * steps // check.total_steps, steps)
+    except Paused as paused:
+        print(f"{job.path}: {paused}", file=sys.stderr)
+        return None
+    except RankFailed as failed:
+        return Result("failed", failed.error)
     except Exception as error:  # the process boundary: logged, and recorded as the job's failure
-        if isinstance(error, OSError):
-            raise
-        if any(words in str(error) for words in _STORAGE_FAILURES):
-            raise OSError(f"{job.path} cannot be written: {error}") from error
+        if not _is_out_of_memory(error):
+            if isinstance(error, OSError):
+                raise
+            if rank is not None and is_lost(error):
+                raise LostRanks(str(error)) from error
+            if any(words in str(error) for words in _STORAGE_FAILURES):
+                raise OSError(f"{job.path} cannot be written: {error}") from error
         traceback.print_exc()
-        return Result("failed", _explained(error, check))
+        return Result("failed", _explained(error, spec, check))
 
 
 def _train(
-    job: JobDir, spec: JobSpec, check: Check, events: EventLog, told: set[int], warmth: Warmth | None = None
+    job: JobDir,
+    spec: JobSpec,
+    check: Check,
+    events: EventLog,
+    told: set[int],
+    warmth: Warmth | None = None,
+    rank: int | None = None,
 ) -> None:
-    # torch, transformers and trl take seconds to import: only a job that will train pays for them
+    threads = spec.threads if rank is None else threads_of_rank(spec)
+    # torch, transformers and peft take seconds to import: only a job that will train pays for them
     if warmth is None:
-        set_environment(spec.threads)
+        set_environment(threads)
         sharded = spec.launch.sharding in ("zero2", "zero3")
         import_libraries(quantised=spec.options.quantization != "none", sharded=sharded)
     else:
         warmth.wait()
     import torch
 
-    from trainer import loop, model
-    from trainer.dataset import load_examples, read_bundle
-    from trainer.export.adapter import write_adapter
+    from trainer import arithmetic, loop, model
+    from trainer.distributed import ALONE, join
+    from trainer.methods import make_objective
     from trainer.progress import Progress
-    from trainer.sft import Supervised
+    from trainer.reference import freeze_reference
 
-    torch.set_num_threads(spec.threads)
-    bundle = read_bundle(job)
-    training = load_examples(job.path / spec.training_file.path, bundle, spec.max_length, spec.turns)
-    validation = None
-    if spec.validation_file is not None:
-        validation = load_examples(job.path / spec.validation_file.path, bundle, spec.max_length, spec.turns)
-    base = (warmth and warmth.take(spec.base)) or model.load_base(spec.base)
-    tuned = model.add_lora(base, spec.lora, spec.seed)
-    objective = Supervised()
-    progress = Progress(events, check, tuned, validation, told, objective)
-    witness = loop.train(loop.Run(job, spec, check, tuned, training, validation, objective), progress)
-    write_adapter(job.adapter, tuned, job, spec, witness.score(tuned))
+    torch.set_num_threads(threads)
+    ranks = ALONE if rank is None else join(spec.launch.sharding)
+    training, validation = _examples(job, spec)
+    numbers = arithmetic.choose(spec.options)
+    start = job.start if spec.starts_from is not None else None
+    base = warmth.take(spec.base) if warmth is not None and numbers == arithmetic.EXACT else None
+    tuned = model.add_lora(base or model.load_base(spec.base, numbers), spec.lora, spec.seed, start)
+    if start is not None and spec.method in ("dpo", "kto"):
+        freeze_reference(tuned)
+    objective = make_objective(spec, check, training)
+    progress = Progress(events, check, tuned, validation, told, objective, job, spec.options, ranks)
+    run = loop.Run(job, spec, check, tuned, training, validation, objective, numbers, ranks=ranks)
+    trained = loop.train(run, progress)
+    if trained.best is None:
+        loop.save_adapter(run, trained.witness, job.adapter)
+    elif ranks.is_first:
+        take_as_result(job, trained.best)
     events.sync()
 
 
-def _explained(error: Exception, check: Check | None) -> TrainerError:
-    said = f"{type(error).__name__}: {error}"
-    if said.startswith("InvalidLoss"):
+def _examples(job: JobDir, spec: JobSpec) -> tuple[Examples, Examples | None]:
+    """As the check stored them; written again where they are not there, or are of another version."""
+    try:
+        return stored_examples(job, spec)
+    except StaleExamples:
+        prepare_examples(job, spec)
+        return stored_examples(job, spec)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """As Python, numpy, the kernel and torch (on a CPU, on a GPU) say it."""
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(words in str(error) for words in _MEMORY_FAILURES)
+    )
+
+
+def _explained(error: Exception, spec: JobSpec | None, check: Check | None) -> TrainerError:
+    if isinstance(error, InvalidLoss):
         return TrainerError("invalid_loss", str(error), "hyperparameters")
-    if said.startswith(("MemoryError", "OutOfMemoryError")) or "DefaultCPUAllocator" in said:
-        size = f" (it was {check.batch_size})" if check else ""
-        message = f"Training ran out of memory. Set a smaller batch_size{size}, or split the longest examples"
-        return TrainerError("out_of_memory", message, "hyperparameters")
-    return TrainerError("trainer_error", f"The trainer stopped unexpectedly. {said}")
+    if isinstance(error, Diverged):
+        return TrainerError("training_diverged", str(error), "hyperparameters")
+    if type(error).__name__ == "UnsupportedOption":
+        return TrainerError("unsupported_option", str(error), "method")
+    if _is_out_of_memory(error):
+        return TrainerError("out_of_memory", out_of_memory_message(spec, check), "hyperparameters")
+    return TrainerError("trainer_error", f"The trainer stopped unexpectedly. {type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":
