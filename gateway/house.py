@@ -236,7 +236,9 @@ class House:
             engine = await self._make_engine(name, settings, prepared, context)
             base = Base(name, bundle, engine, name, context, created_at, prepared)
             await self.templates.add_base(base, aliases, settings.options)
-            for row in await self.store.read(lambda connection: model_statements.of_base(connection, name)):
+            rows = await self.store.read(lambda connection: model_statements.of_base(connection, name))
+            engine.first_use.offer(_adapter(row) for row in rows if row.step_number is not None)
+            for row in rows:
                 await self.publish(row)
             await self.residents.add(await asyncio.to_thread(self._resident, engine, settings))
             if engine.started:
@@ -266,7 +268,7 @@ class House:
     async def _make_engine(self, name: str, settings: BaseSettings, prepared: PreparedBase, context: int) -> Pool:
         engine = await self.fleet.pool(name, settings, prepared, context)
         rows = await self.store.read(lambda connection: model_statements.of_base(connection, name))
-        engine.set_desired(Adapter(row.engine_name, Path(row.adapter_path), name, row.adapter_digest) for row in rows)
+        engine.set_desired(_adapter(row) for row in rows if row.step_number is None)
         return engine
 
     def _resident(self, engine: Pool, settings: BaseSettings) -> Resident:
@@ -315,6 +317,10 @@ class House:
         """The bundle in a folder; adapters trained through the same one share it."""
         bundle = await asyncio.to_thread(_read_bundle, folder)
         return self._bundles.setdefault(bundle.digest, bundle)
+
+
+def _adapter(row: ModelRow) -> Adapter:
+    return Adapter(row.engine_name, Path(row.adapter_path), row.base, row.adapter_digest)
 
 
 def _read_bundle(folder: Path) -> Bundle:

@@ -25,12 +25,14 @@ from gateway.engines.handle import ProcessHandle, exit_text
 from gateway.engines.pool import Pool
 from gateway.errors import NotFound, StoreUnavailable
 from gateway.jobdir import LOCKED_EXIT_CODE, BaseRef, Check, JobDir, TrainerError
+from gateway.jobs.checkpoints import Checkpoints
 from gateway.jobs.creation import Creation
 from gateway.jobs.folder import last_log_line, sweep_folders, tidy_folder
 from gateway.jobs.launcher import Launcher, adopt_check, adopt_trainer
 from gateway.jobs.names import checkpoint_name
-from gateway.jobs.publication import Publication, sweep_deleted
+from gateway.jobs.publication import Publication
 from gateway.jobs.sharing import Sharing
+from gateway.jobs.sweeping import sweep_deleted
 from gateway.jobs.training import END_GRACE_S, POLL_S, JobCancelled, JobFailed, JobPaused, Training
 from gateway.settings import Settings
 from gateway.store import jobs as statements
@@ -83,6 +85,7 @@ class Supervisor:
         self._launcher = launcher or Launcher()
         self._creation = Creation(store, blobs, data_dir.jobs, settings.jobs, catalog)
         self._publication = Publication(store, blobs, data_dir.adapters, settings.organization, catalog, engines)
+        self._checkpoints = Checkpoints(store, data_dir.adapters, settings.organization, catalog, engines)
         self._sharing = Sharing(settings.jobs.share, pools)
         self._drives: dict[str, _Drive] = {}
         self._checking = asyncio.Semaphore(1)
@@ -129,7 +132,7 @@ class Supervisor:
         return job
 
     async def pause(self, job_id: str, project_id: str) -> Job:
-        """The job, which starts no trainer from now on; one that runs ends with its next checkpoint. Raises NotFound."""
+        """The job, which starts no trainer from now on; one that runs ends behind its next step. Raises NotFound."""
         return await self._change(job_id, project_id, statements.pause_job)
 
     async def resume(self, job_id: str, project_id: str) -> Job:
@@ -184,6 +187,7 @@ class Supervisor:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
         await self._launcher.close()
+        await self._checkpoints.stop()
 
     async def _main(self) -> None:
         while True:
@@ -330,6 +334,7 @@ class Supervisor:
             folder,
             job,
             name_checkpoint=lambda step: checkpoint_name(job, organization, step),
+            checkpoints=self._checkpoints,
             hang_timeout_s=self._settings.jobs.hang_timeout_s,
             stop=stop,
             pause=drive.pause,

@@ -14,16 +14,19 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from sqlalchemy import Connection
+
 from gateway.engines.handle import ProcessHandle, exit_text
 from gateway.errors import StoreUnavailable
-from gateway.jobdir import LOCKED_EXIT_CODE, JobDir, Result, TrainerError
+from gateway.jobdir import LOCKED_EXIT_CODE, PAUSED_EXIT_CODE, JobDir, Result, TrainerError
+from gateway.jobs.checkpoints import Change, Checkpoints, Prepared
 from gateway.jobs.folder import has_attempts, last_log_line, newest_checkpoint
 from gateway.jobs.launcher import Launcher, adopt_trainer
 from gateway.jobs.reading import read_progress
 from gateway.store import jobs as statements
 from gateway.store.database import Store
 from gateway.store.events import NewEvent
-from gateway.store.jobs import Job
+from gateway.store.jobs import Job, Progress
 
 logger = logging.getLogger("tunegate.jobs")
 
@@ -39,7 +42,7 @@ class JobCancelled(Exception):
 
 
 class JobPaused(Exception):
-    """The trainer was ended behind a checkpoint, as somebody asked."""
+    """There is no trainer, as somebody asked; `step` is the newest checkpoint's, 0 where there is none."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"paused at step {step}")
@@ -57,7 +60,8 @@ class JobFailed(Exception):
 class Training:
     """`await run()` gives the result. `stop` is set when the job was cancelled: its trainer is ended then.
 
-    `pause` is set while the job is to be paused: its trainer is ended with the next checkpoint that is not its last.
+    `pause` is set while the job is to be paused: its trainer is told so, and ends behind a checkpoint at its next step. One
+    that ends otherwise is not started again either.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Training:
         job: Job,
         *,
         name_checkpoint: Callable[[int], str],
+        checkpoints: Checkpoints,
         hang_timeout_s: float,
         stop: asyncio.Event,
         pause: asyncio.Event | None = None,
@@ -77,10 +82,11 @@ class Training:
         self._launcher = launcher
         self._folder = folder
         self._name_checkpoint = name_checkpoint
+        self._checkpoints = checkpoints
         self._hang_timeout_s = hang_timeout_s
         self._stop = stop
         self._to_pause = pause or asyncio.Event()
-        self._paused_at: int | None = None  # the step behind which the trainer is ended
+        self._was_paused = False  # by us: the next trainer is no new try
         self._contended = 0
 
     async def run(self) -> Result:
@@ -92,15 +98,20 @@ class Training:
             self._raise_if_stopped()
             result = await self._read_result()
             if result is not None:
+                while await self._store_progress():  # of one that ended while no gateway was there
+                    self._raise_if_stopped()
                 return result
-            if self._paused_at is not None:
-                raise JobPaused(self._paused_at)
+            if self._to_pause.is_set():
+                raise JobPaused(await asyncio.to_thread(newest_checkpoint, self._folder))
             ended = await self._follow(await self._start(ended))
 
     async def _start(self, ended: str | None) -> ProcessHandle:
         """A trainer; unless it is the first, the job's events say why, and it may be refused."""
         folder, job = self._folder, self.job
-        if ended is None and job.pause != "resumed" and await asyncio.to_thread(has_attempts, folder):
+        await asyncio.to_thread(folder.pause.unlink, missing_ok=True)
+        resumed = self._was_paused or job.pause == "resumed"
+        self._was_paused = False
+        if ended is None and not resumed and await asyncio.to_thread(has_attempts, folder):
             ended = "The trainer was gone"
         if ended:
             step = await asyncio.to_thread(newest_checkpoint, folder)
@@ -127,6 +138,7 @@ class Training:
         None for `trainer` is one whose process is unknown: it is there as long as the lock is held.
         """
         hung = False
+        asked_to_pause: bool | None = None  # so that a file which an earlier gateway left is gone with the first look
         heard_at = time.monotonic()  # never the wall clock: it may jump
         try:
             while True:
@@ -137,7 +149,10 @@ class Training:
                     continue
                 if not alive:
                     break
-                if (self._stop.is_set() or self._paused_at is not None) and trainer is not None:
+                if self._to_pause.is_set() != asked_to_pause:
+                    asked_to_pause = self._to_pause.is_set()
+                    await asyncio.to_thread(_ask_to_pause, self._folder, asked_to_pause)
+                if self._stop.is_set() and trainer is not None:
                     await trainer.end(END_GRACE_S)
                 elif trainer is not None and time.monotonic() - heard_at > self._hang_timeout_s:
                     hung = True
@@ -154,6 +169,9 @@ class Training:
                 trainer.close()
         if trainer is not None and trainer.exit_code == LOCKED_EXIT_CODE:
             await self._contend()
+            return None
+        if trainer is not None and trainer.exit_code == PAUSED_EXIT_CODE:
+            self._was_paused = True
             return None
         if hung:
             return f"The trainer said nothing for {self._hang_timeout_s:g} s and was ended"
@@ -177,16 +195,15 @@ class Training:
             return False
         job = self.job
         try:
-            stored = await self._store.write(lambda connection: statements.store_progress(connection, job, progress))
+            prepared = await self._checkpoints.prepare(job, self._folder, progress.checkpoints)
+            change = await self._store.write(lambda connection: self._insert(connection, progress, prepared))
         except StoreUnavailable as error:
             logger.warning("job %s: its events wait: %s", job.id, error.message)
             await asyncio.sleep(RETRY_S)
             return True
-        if stored:
-            for checkpoint in progress.checkpoints:
-                if self._to_pause.is_set() and checkpoint.step_number != checkpoint.metrics.get("total_steps"):
-                    self._paused_at = checkpoint.step_number
+        if change is not None:
             self.job = replace(job, attempt=progress.attempt, cursor_offset=progress.offset)
+            await self._checkpoints.serve(change)
             return True
         current = await self._store.read(lambda connection: statements.select_job(connection, job.id))
         if current is None or current.status != "running":
@@ -194,6 +211,12 @@ class Training:
             return False
         self.job = current
         return True
+
+    def _insert(self, connection: Connection, progress: Progress, prepared: Prepared) -> Change | None:
+        """Events, checkpoints and their models at once; None when the job or its cursor is another by now."""
+        if not statements.store_progress(connection, self.job, progress):
+            return None
+        return self._checkpoints.insert(connection, self.job, prepared)
 
     async def _read_result(self) -> Result | None:
         try:
@@ -211,6 +234,10 @@ class Training:
     def _raise_if_stopped(self) -> None:
         if self._stop.is_set():
             raise JobCancelled
+
+
+def _ask_to_pause(folder: JobDir, to_pause: bool) -> None:
+    folder.pause.touch() if to_pause else folder.pause.unlink(missing_ok=True)
 
 
 def _sentence(text: str) -> str:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gateway.jobdir import LOCKED_EXIT_CODE, Check, Event, JobDir, Result, TrainerError
+from gateway.jobdir import LOCKED_EXIT_CODE, PAUSED_EXIT_CODE, Check, Event, JobDir, Result, TrainerError
 
 GATE_TIMEOUT_S = 120.0
 
@@ -82,6 +82,10 @@ class Trainer:
         for step in range(self._newest() + 1, self.plan.steps + 1):
             self._misbehave(step)
             self._step(step)
+            if self.job.pause.exists() and step < self.plan.steps:
+                self._checkpoint(step)
+                self._say("message", f"Training paused behind step {step}", {})
+                sys.exit(PAUSED_EXIT_CODE)
         if self.plan.fail:
             self.job.write_result(Result("failed", TrainerError(*self.plan.fail)))
             return
@@ -107,10 +111,14 @@ class Trainer:
             if str(step) in self.plan.checkpoint_adapters:
                 source = Path(self.plan.checkpoint_adapters[str(step)])
                 self._complete(source, self.job.path / "adapter_checkpoints" / f"step-{step}")
-            folder = self.job.checkpoints / f".writing-{step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            folder.rename(self.job.checkpoints / f"step-{step}")
+            self._checkpoint(step)
             self._say("checkpoint", f"Checkpoint created at step {step}", data)
+
+    def _checkpoint(self, step: int) -> None:
+        folder = self.job.checkpoints / f".writing-{step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (self.job.checkpoints / f"step-{step}").exists():
+            folder.rename(self.job.checkpoints / f"step-{step}")
 
     def _misbehave(self, step: int) -> None:
         plan = self.plan

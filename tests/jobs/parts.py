@@ -15,7 +15,8 @@ from typing import Any
 
 from gateway.bases import PreparedBase
 from gateway.chat.bundle import Bundle, make_bundle
-from gateway.engines.catalog import Base, Catalog
+from gateway.engines.adapters import Adapter
+from gateway.engines.catalog import Base, Catalog, TunedModel
 from gateway.engines.client import Deadlines
 from gateway.engines.engine import Engine
 from gateway.engines.kinds import llama_engine
@@ -45,6 +46,7 @@ from tests.tiny_tokenizers import sentencepiece_like
 
 FAKE_TRAINER = Path(__file__).parent / "fake_trainer.py"
 FAKE_STANDBY = Path(__file__).parent / "fake_standby.py"
+ASKED = {"ignore_eos": True, "stream": True, "return_token_ids": True}
 LINES = b'{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}\n' * 12
 
 
@@ -153,6 +155,30 @@ class Workshop:
 
     async def models(self) -> list[ModelRow]:
         return await self.store.read(model_statements.list_all)
+
+    async def serve_rows(self) -> None:
+        """What a start does with the models that the database has: `House` does it."""
+        for row in await self.models():
+            adapter = Adapter(row.engine_name, Path(row.adapter_path), "tiny", row.adapter_digest)
+            if row.step_number is None:
+                self.pool.set_desired([*self.pool._desired.values(), adapter])
+            else:
+                self.pool.first_use.offer([adapter])
+            self.catalog.publish(
+                TunedModel(row.name, row.base, base_bundle(), row.engine_name, row.created_at, row.owned_by)
+            )
+
+    async def ask(self, model: str) -> list[int]:
+        """The tokens of a short reply, as a request gets them. Raises what a client is told."""
+        served = self.catalog.resolve(model, "default")
+        body = {"model": served.engine_model, "prompt": [1, 5, 6], "max_tokens": 4, "temperature": 0, **ASKED}
+        stream = await served.client.stream(body)
+        tokens: list[int] = []
+        while frames := await stream.frames():
+            for frame in frames:
+                for choice in frame["choices"]:
+                    tokens += choice["token_ids"] or []
+        return tokens
 
     async def wait_for(self, job_id: str, *statuses: str, timeout_s: float = 60) -> Job:
         job = await self.job(job_id)
