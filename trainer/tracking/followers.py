@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -41,17 +42,16 @@ class Tracking:
     job, as interrupted when another attempt will follow.
     """
 
-    def __init__(self, job: JobDir, spec: JobSpec, events: EventLog) -> None:
-        self._events = events
-        self._job, self._spec = job, spec
+    def __init__(self, job: JobDir, trackers: Sequence[Tracker], events: EventLog) -> None:
+        self._job, self._trackers, self._events = job, trackers, events
         self._samples: Samples | None = None
         self._children: list[_Child] = []
 
     def __enter__(self) -> Self:
         secrets = {name: os.environ.pop(name, None) for names in TRACKER_SECRETS.values() for name in names}
-        if self._spec.trackers:
+        if self._trackers:
             self._job.tracking.mkdir(mode=0o700, exist_ok=True)
-        for tracker in self._spec.trackers:
+        for tracker in self._trackers:
             own = {name: value for name in TRACKER_SECRETS[tracker.kind] if (value := secrets[name])}
             self._children.append(_Child(self._job, tracker, {**os.environ, **own}))
         return self
