@@ -88,7 +88,7 @@ class Lora:
     """`target_modules` is "all-linear", or the modules' last names with commas between them."""
 
     rank: int = 16
-    alpha: int = 32
+    alpha: int | float = 32  # the update is multiplied by alpha / rank, by alpha / sqrt(rank) with rsLoRA
     dropout: float = 0.0
     target_modules: str = "all-linear"
     use_rslora: bool = False

@@ -46,7 +46,7 @@ ARROWS: dict[str, set[str]] = {
     "gateway.front": {"gateway.access", "gateway.errors", "gateway.keys", "gateway.logs", "gateway.routes"},
     "gateway.llama_worker": {"gateway", "gateway.errors"},
     "gateway.bases": {"gateway", "gateway.errors", "gateway.jobdir"},
-    "gateway.wire": {"gateway.chat", "gateway.errors"},
+    "gateway.wire": {"gateway.chat", "gateway.errors", "gateway.jobdir"},
     "gateway.store": {"gateway.access", "gateway.errors", "gateway.jobdir"},
     "gateway.engines": {
         "gateway",

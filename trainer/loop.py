@@ -63,6 +63,8 @@ class Run:
 def train(run: Run, progress: Progress) -> Trained:
     """Trains `run.model` to its end, from the newest checkpoint if there is one. Raises InvalidLoss, Diverged, Paused."""
     open_checkpoints(run.job)
+    if run.ranks.world > 1:
+        route(run.model)
     began = time.monotonic()
     witness = Witness(  # before the first step: the base's view of it
         run.validation or run.training,
@@ -123,8 +125,6 @@ class LoopTrainer(Trainer):
             callbacks=[progress],
         )
         self.remove_callback(PrinterCallback)
-        if run.ranks.world > 1:
-            route(run.model)
 
     def get_train_dataloader(self) -> Batches:
         run = self.run

@@ -31,6 +31,7 @@ from gateway.jobs.launcher import Launcher, adopt_check, adopt_trainer
 from gateway.jobs.names import checkpoint_name
 from gateway.jobs.publication import Publication, sweep_deleted
 from gateway.jobs.sharing import Sharing
+from gateway.jobs.torchrun import read_launch
 from gateway.jobs.training import END_GRACE_S, POLL_S, JobCancelled, JobFailed, JobPaused, Training
 from gateway.settings import Settings
 from gateway.store import jobs as statements
@@ -81,7 +82,7 @@ class Supervisor:
         self._data_dir = data_dir
         self._settings = settings
         self._launcher = launcher or Launcher()
-        self._creation = Creation(store, blobs, data_dir.jobs, settings.jobs, catalog)
+        self._creation = Creation(store, blobs, data_dir.jobs, settings.jobs, catalog, read_launch(settings.jobs))
         self._publication = Publication(store, blobs, data_dir.adapters, settings.organization, catalog, engines)
         self._sharing = Sharing(settings.jobs.share, pools)
         self._drives: dict[str, _Drive] = {}

@@ -66,6 +66,22 @@ def test_only_the_adapter_learns_and_the_head_has_none(base: BaseRef) -> None:
     assert all(torch.equal(tensor, same[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_model_that_goes_on_begins_where_the_other_ended(base: BaseRef, finished_job: JobDir) -> None:
+    model = add_lora(load_base(base), Lora(), seed=2, start=finished_job.adapter)
+    (item, *_) = json.loads((finished_job.adapter / "witness.json").read_text())["items"]
+    ids, first = item["prompt_ids"] + item["reply_ids"], len(item["prompt_ids"])
+    with evaluating(model):
+        assert token_logprobs(model, ids, first) == pytest.approx(item["tuned_logprobs"], abs=1e-5)
+        with model.disable_adapter():
+            assert token_logprobs(model, ids, first) == pytest.approx(item["base_logprobs"], abs=1e-5)
+    assert all(parameter.requires_grad == ("lora_" in name) for name, parameter in model.named_parameters())
+
+
+def test_rslora_divides_by_the_root_of_the_rank(base: BaseRef) -> None:
+    model = add_lora(load_base(base), Lora(rank=4, alpha=8, use_rslora=True), seed=1)
+    assert model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj").scaling == {"default": 4.0}
+
+
 def test_the_loss_is_that_of_trls_own_head(base: BaseRef, examples: Examples) -> None:
     model = add_lora(load_base(base), Lora(rank=4, alpha=8), seed=1)
     batch = pad([sequence for number in range(6) for sequence in examples.sequences(number)])
