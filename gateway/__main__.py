@@ -43,6 +43,7 @@ def serve(
     """Serve the API until SIGTERM or Ctrl-C; ready when /readyz answers 200."""
     from gateway.app import create_app  # the other commands start without it
     from gateway.connection import Connection, Server
+    from gateway.jobs.torchrun import read_launch
     from gateway.keys import require_key
     from gateway.logs import set_up
     from gateway.store.datadir import DataDir
@@ -57,6 +58,7 @@ def serve(
         settings = read_settings()
         set_up(settings.log_level, settings.log_format)
         settings_entries(settings.templates)
+        read_launch(settings.jobs)
         if not is_loopback(settings.host):
             require_key(settings.data_dir, settings.host)
         data_dir = DataDir.open(settings.data_dir)

@@ -64,6 +64,8 @@ class Run:
 def train(run: Run, progress: Progress) -> Trained:
     """Trains `run.model` to its end, from the newest checkpoint if there is one. Raises InvalidLoss, Diverged, Paused."""
     open_checkpoints(run.job)
+    if run.ranks.world > 1:
+        route(run.model)
     began = time.monotonic()
     witness = Witness(  # before the first step: the base's view of it
         run.validation or run.training,
@@ -126,8 +128,6 @@ class LoopTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         if self.args.activation_checkpointing:  # else nothing that goes into a frozen layer asks for a gradient
             run.model.enable_input_require_grads()
-        if run.ranks.world > 1:
-            route(run.model)
 
     def get_train_dataloader(self) -> Batches:
         run = self.run

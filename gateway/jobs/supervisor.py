@@ -33,6 +33,7 @@ from gateway.jobs.names import checkpoint_name
 from gateway.jobs.publication import Publication
 from gateway.jobs.sharing import Sharing
 from gateway.jobs.sweeping import sweep_deleted
+from gateway.jobs.torchrun import read_launch
 from gateway.jobs.tracking import Trackers
 from gateway.jobs.training import END_GRACE_S, POLL_S, JobCancelled, JobFailed, JobPaused, Training
 from gateway.settings import Settings
@@ -85,7 +86,9 @@ class Supervisor:
         self._settings = settings
         self._launcher = launcher or Launcher(tracking=settings.tracking)
         trackers = Trackers(settings.tracking, data_dir.tracking)
-        self._creation = Creation(store, blobs, data_dir.jobs, settings.jobs, catalog, trackers)
+        self._creation = Creation(
+            store, blobs, data_dir.jobs, settings.jobs, catalog, trackers, read_launch(settings.jobs)
+        )
         self._publication = Publication(store, blobs, data_dir.adapters, settings.organization, catalog, engines)
         self._checkpoints = Checkpoints(store, data_dir.adapters, settings.organization, catalog, engines)
         self._sharing = Sharing(settings.jobs.share, pools)

@@ -1,9 +1,9 @@
 """On how many processes a job trains: the operator's setting → `launch` in job.json.
 
-The launcher starts one process for each job, whatever this says: `python -m trainer JOB_DIR` takes the job's lock, and for a job
-with several processes it becomes the agent of `torchrun --standalone` and starts, watches and ends them as one. So the gateway
-sees one trainer, with one lock, one log and one exit code; and another way to launch (a cluster's, say) needs only a launcher
-with the same two methods, `train` and `check`.
+The launcher starts one process for each job, whatever this says: `python -m trainer JOB_DIR` takes the job's lock, and for a
+job with several processes it becomes the agent of `torchrun --standalone` and starts, watches and ends them as one. So the
+gateway sees one trainer, with one lock, one log and one exit code; and another way to launch (a cluster's, say) needs only a
+launcher with the same two methods, `train` and `check`.
 """
 
 from __future__ import annotations
