@@ -73,7 +73,8 @@ def run(job: JobDir) -> Result:
             ):
                 if not job.adapter.is_dir():
                     _train(job, spec, check, events, told, tracking)
-                tracking.on_end("succeeded")
+                if job.adapter.is_dir():
+                    tracking.on_end("succeeded")
         return Result("succeeded", None, check.n_tokens * check.n_epochs, check.total_steps)
     except Exception as error:  # the process boundary: logged, and recorded as the job's failure
         if isinstance(error, OSError):
