@@ -1,10 +1,12 @@
 """The job directory: the one contract between gateway and trainer. A leaf: imports nothing of ours.
 
     job.json        the spec, written once by the gateway
+    pause           written by the gateway: the trainer ends behind a checkpoint at its next step
     lock            flocked by the trainer for its whole life; holds its pid and start time as JSON
     data/           pinned copies (hard links) of the input files
     template/       the template bundle that prompts are rendered through: template.json, tokenizer.json
     check.json      what `python -m trainer JOB_DIR --check` found: counts, resolved hyperparameters, or the error
+    examples/       the input files' conversations as token ids, written by the check (trainer/examples.py)
     attempts/N/events.jsonl     one file an attempt, one JSON object a line, keyed (attempt, seq)
     attempts/N/predictions.jsonl    what the model said at each evaluation, for the trackers: `Prediction`, one a line
     tracking/       how far each tracker was told, its errors, and what it keeps locally: `trainer/tracking`
@@ -30,6 +32,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 LOCKED_EXIT_CODE = 75  # EX_TEMPFAIL: another trainer holds the lock; nothing was done
+PAUSED_EXIT_CODE = 76  # `pause` was there: the trainer ended behind a checkpoint
+CHECK_RECORD = "check.process.json"  # which process checks the job's files, as the gateway started it
 # What a tracker may need of the environment that no log and no message may show.
 TRACKER_SECRETS: dict[str, tuple[str, ...]] = {
     "wandb": ("WANDB_API_KEY",),
@@ -284,8 +288,10 @@ class JobDir:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.lock = self.path / "lock"
+        self.pause = self.path / "pause"
         self.data = self.path / "data"
         self.template = self.path / "template"
+        self.examples = self.path / "examples"
         self.start = self.path / "start"
         self.attempts = self.path / "attempts"
         self.checkpoints = self.path / "checkpoints"
@@ -388,6 +394,14 @@ def read_events(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
                 return
             offset += len(line)
             yield Event(**json.loads(line)), offset
+
+
+def out_of_memory_message(spec: JobSpec | None, check: Check | None) -> str:
+    """What to change so that it fits."""
+    size = f" (it was {check.batch_size})" if check else ""
+    length = f" (it was {spec.max_length})" if spec else ""
+    quantised = "" if spec and spec.options.quantization != "none" else ', or quantization "nf4"'
+    return f"Training ran out of memory. Set a smaller batch_size{size} or max_length{length}{quantised}"
 
 
 def process_start_time(pid: int) -> int | None:

@@ -76,8 +76,13 @@ class JobSettings(Section, frozen=True):
     parallel: int = 1  # trainers at once
     queued: int = 100  # jobs that may wait
     threads: int | None = None  # None: all processors
+    standby: Literal["auto", "always", "never"] = "auto"  # a trainer that is ready before there is a job
     hang_timeout_s: float = 1800.0
     share: Literal["beside", "wait", "sleep"] = "beside"  # what the engines do while a job trains on the same GPU
+
+    @property
+    def trainer_threads(self) -> int:
+        return self.threads or len(os.sched_getaffinity(0))
 
 
 class LimitSettings(Section, frozen=True):

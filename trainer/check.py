@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from gateway.jobdir import Check, Hyperparameters, JobDir, JobSpec, TrainerError
-from trainer.dataset import MIN_EXAMPLES, Survey, read_bundle, survey_file
+from trainer.dataset import MIN_EXAMPLES, Survey, prepare_examples, read_bundle
 
 METHODS = ("supervised",)
 
@@ -21,10 +21,7 @@ def run_check(job: JobDir, spec: JobSpec) -> Check:
     bundle = read_bundle(job)
     if bundle.digest != spec.template_digest:
         raise ValueError(f"template/ is {bundle.digest}, but job.json was written for {spec.template_digest}")
-    training = survey_file(job.path / spec.training_file.path, bundle, spec.max_length, spec.turns)
-    validation = None
-    if spec.validation_file is not None:
-        validation = survey_file(job.path / spec.validation_file.path, bundle, spec.max_length, spec.turns)
+    training, validation = prepare_examples(job, spec)
     error = training.error("training", MIN_EXAMPLES) or (validation and validation.error("validation", 1))
     warnings = _warnings("training", training, spec.max_length)
     warnings += _warnings("validation", validation, spec.max_length) if validation else []

@@ -6,7 +6,8 @@ adds or takes away a token. No torch: the check runs without it.
 
 from __future__ import annotations
 
-from array import array
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,55 +16,15 @@ from typing import Any
 from gateway.chat.bundle import Bundle
 from gateway.chat.conversation import RenderError
 from gateway.chat.render import IGNORED, TrainingSequence, render_example
-from gateway.jobdir import JobDir, TrainerError, Turns
+from gateway.jobdir import FileRef, JobDir, JobSpec, TrainerError, Turns
 from trainer.conversations import BadExample, parse_example
+from trainer.examples import Examples, open_examples, write_examples
 from trainer.jsonl import BadLine, read_jsonl
 
 MIN_EXAMPLES = 10
+_FORMAT = 1  # of what is rendered: another number, and examples that were stored before are not used
 _PROBLEMS_KEPT = 20
 _PROBLEMS_IN_MESSAGE = 3
-
-
-@dataclass
-class Examples:
-    """Conversations as flat arrays: sequence s is ids[starts[s]:starts[s + 1]], conversation c its sequences likewise."""
-
-    ids: array[int] = field(default_factory=lambda: array("i"))
-    trained: bytearray = field(default_factory=bytearray)  # 1 where the id is also the label
-    starts: array[int] = field(default_factory=lambda: array("q", [0]))
-    conversations: array[int] = field(default_factory=lambda: array("q", [0]))
-
-    def __len__(self) -> int:
-        """How many conversations there are."""
-        return len(self.conversations) - 1
-
-    def append(self, sequences: list[TrainingSequence]) -> None:
-        """Adds one conversation."""
-        for sequence in sequences:
-            self.ids.extend(sequence.ids)
-            self.trained.extend(label != IGNORED for label in sequence.labels)
-            self.starts.append(len(self.ids))
-        self.conversations.append(len(self.starts) - 1)
-
-    def sequences(self, conversation: int) -> list[TrainingSequence]:
-        """The sequences of one conversation, as they were rendered."""
-        found = []
-        for number in range(self.conversations[conversation], self.conversations[conversation + 1]):
-            span = slice(self.starts[number], self.starts[number + 1])
-            ids = self.ids[span].tolist()
-            labels = [i if trained else IGNORED for i, trained in zip(ids, self.trained[span], strict=True)]
-            found.append(TrainingSequence(ids, labels))
-        return found
-
-    def lengths(self) -> array[int]:
-        """The longest sequence of each conversation."""
-        return array(
-            "i",
-            (
-                max(self.starts[n + 1] - self.starts[n] for n in range(first, last))
-                for first, last in zip(self.conversations, self.conversations[1:], strict=False)
-            ),
-        )
 
 
 @dataclass
@@ -82,6 +43,11 @@ class Survey:
         self.n_tokens += sum(len(sequence.ids) for sequence in sequences)
         self.n_trained_tokens += sum(len(s.labels) - s.labels.count(IGNORED) for s in sequences)
         self.n_truncated += any(sequence.truncated for sequence in sequences)
+
+    def add_problem(self, problem: BadLine) -> None:
+        self.n_problems += 1
+        if len(self.problems) < _PROBLEMS_KEPT:
+            self.problems.append(problem)
 
     def error(self, kind: str, min_examples: int) -> TrainerError | None:
         """Why the file cannot be used, in OpenAI's codes; `kind` is "training" or "validation"."""
@@ -105,27 +71,71 @@ def read_bundle(job: JobDir) -> Bundle:
     return Bundle.from_files({path.name: path.read_bytes() for path in job.template.iterdir() if path.is_file()})
 
 
-def survey_file(path: Path, bundle: Bundle, max_length: int, turns: Turns = "all") -> Survey:
-    """Reads and renders every line, keeping only counts and the first problems: memory does not grow with the file."""
-    survey = Survey()
-    for found in render_file(path, bundle, max_length, turns):
-        if isinstance(found, BadLine):
-            survey.n_problems += 1
-            if len(survey.problems) < _PROBLEMS_KEPT:
-                survey.problems.append(found)
-        else:
-            survey.add(found)
-    return survey
+def prepare_examples(job: JobDir, spec: JobSpec) -> tuple[Survey, Survey | None]:
+    """Reads and renders every line of both files, and writes the examples beside them: memory does not grow with a file.
+
+    A file with a problem gets no examples. Raises OSError for a disk that is full.
+    """
+    bundle = read_bundle(job)
+    training = _prepare_file(job, spec, spec.training_file, "training", bundle)
+    if spec.validation_file is None:
+        return training, None
+    return training, _prepare_file(job, spec, spec.validation_file, "validation", bundle)
+
+
+def stored_examples(job: JobDir, spec: JobSpec) -> tuple[Examples, Examples | None]:
+    """What `prepare_examples` wrote for this very spec: training and validation. Raises StaleExamples."""
+    training = open_examples(job.examples / "training", _identity(spec, spec.training_file))
+    if spec.validation_file is None:
+        return training, None
+    return training, open_examples(job.examples / "validation", _identity(spec, spec.validation_file))
 
 
 def load_examples(path: Path, bundle: Bundle, max_length: int, turns: Turns = "all") -> Examples:
-    """All conversations of a file that was surveyed without a problem."""
-    examples = Examples()
-    for found in render_file(path, bundle, max_length, turns):
-        if isinstance(found, BadLine):
-            raise ValueError(f"{path.name} passed its check but now {found}")
-        examples.append(found)
-    return examples
+    """All conversations of a file that has no problem, in memory."""
+    return Examples.of(map(_usable, render_file(path, bundle, max_length, turns)))
+
+
+def _usable(found: list[TrainingSequence] | BadLine) -> list[TrainingSequence]:
+    if isinstance(found, BadLine):
+        raise ValueError(str(found))
+    return found
+
+
+def _prepare_file(job: JobDir, spec: JobSpec, file: FileRef, kind: str, bundle: Bundle) -> Survey:
+    survey = Survey()
+    try:
+        with write_examples(job.examples / kind, _identity(spec, file)) as writer:
+            for found in render_file(job.path / file.path, bundle, spec.max_length, spec.turns):
+                if isinstance(found, BadLine):
+                    survey.add_problem(found)
+                    continue
+                survey.add(found)
+                if not survey.n_problems:
+                    writer.add(found)
+            if survey.n_problems:
+                raise _Unusable
+    except _Unusable:
+        pass
+    return survey
+
+
+class _Unusable(Exception):
+    """Ends the writing of examples that nobody may train on."""
+
+
+def _identity(spec: JobSpec, file: FileRef) -> str:
+    """Names all that a file's ids and labels follow from."""
+    parts = [
+        _FORMAT,
+        file.digest,
+        spec.template_digest,
+        spec.max_length,
+        spec.turns,
+        spec.method,
+        spec.options.train_on,
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def render_file(

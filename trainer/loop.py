@@ -1,43 +1,44 @@
-"""The training loop of every method: steps, checkpoints and resuming, through TRL's trainer.
+"""The training loop of every method: steps, checkpoints and resuming, through transformers' trainer.
 
 Place in the flow: dataset, model, an objective → **loop** → events, checkpoints, the trained model. One rule: a run that was
 killed and resumed ends in the same bytes as one that was not; so everything that a step depends on is in the checkpoint or
 follows from the seed and the step's number.
 
-TRL prepares no data here (`skip_prepare_dataset`), pads nothing and computes no loss: `batches` and the objective do.
+Not through TRL's subclasses of it: `batches` pads and the objective computes the loss, which leaves them nothing to do but to
+be imported for a second and to round a quantised base's adapter to bfloat16. The tests hold our losses to theirs.
 """
 
 from __future__ import annotations
 
 import math
-import re
-import shutil
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from datasets import Dataset
-from peft import PeftModel, set_peft_model_state_dict
-from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerFast
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from trl import SFTConfig, SFTTrainer
 
-from gateway.chat.bundle import TOKENIZER_FILE
 from gateway.jobdir import Check, JobDir, JobSpec, write_json
+from trainer.arithmetic import EXACT, Arithmetic, needs_checkpointing
 from trainer.batches import Batches, fitting_pass_size
-from trainer.dataset import Examples
+from trainer.checkpoints import drop_old, newest_checkpoint, open_checkpoints, served_checkpoints, step_of
+from trainer.examples import Examples
 from trainer.export.adapter import write_adapter, write_peft_files
-from trainer.export.folder import complete_folder, sweep
+from trainer.export.folder import complete_folder
 from trainer.export.witness import Witness
-from trainer.model import base_learning_rate
+from trainer.model import base_learning_rate, load_adapter, load_base
 from trainer.progress import Progress
 from trainer.scoring import Objective
+from trainer.stopping import Paused
 
-CHECKPOINTS_KEPT = 3
-_WARMUP_SHARE = 0.05
-_STEP_FOLDER = re.compile(r"step-(\d+)")
+_OBJECTIVE_FILE = "objective.safetensors"
+_SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 @dataclass(frozen=True)
@@ -51,59 +52,93 @@ class Run:
     training: Examples
     validation: Examples | None
     objective: Objective
+    arithmetic: Arithmetic = EXACT
+
+    def load_served_base(self) -> PreTrainedModel:
+        """The base anew, with the very weights that the engine has."""
+        return load_base(self.spec.base)
 
 
-def train(run: Run, progress: Progress) -> Witness:
-    """Trains `run.model` to the last step, from the newest checkpoint if there is one. Raises InvalidLoss."""
-    for folder in (run.job.checkpoints, served_checkpoints(run.job)):
-        folder.mkdir(exist_ok=True)
-        sweep(folder)
-    witness = Witness(
-        run.validation or run.training, run.model, run.spec.max_length
-    )  # before the first step: the base's view of it
+def train(run: Run, progress: Progress) -> Trained:
+    """Trains `run.model` to its end, from the newest checkpoint if there is one. Raises InvalidLoss, Diverged, Paused."""
+    open_checkpoints(run.job)
+    began = time.monotonic()
+    witness = Witness(  # before the first step: the base's view of it
+        run.validation or run.training,
+        run.model,
+        run.spec.max_length,
+        None if run.arithmetic.base_is_exact else run.load_served_base,
+    )
+    progress.forecast.saved(time.monotonic() - began)
     trainer = LoopTrainer(run, witness, progress)
     newest = newest_checkpoint(run.job)
     if newest is not None:
-        progress.resumed(int(newest.name.removeprefix("step-")), newest)
-    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-    return witness
+        progress.resumed(step_of(newest), newest)
+    if not progress.stopping.is_over:  # else killed behind its last checkpoint
+        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    if progress.paused:
+        raise Paused(progress.metrics["step"])
+    best = None
+    if progress.stopping.patience is not None:
+        progress.tell_best()
+        best = served_checkpoints(run.job) / f"step-{progress.stopping.best_step}"
+    return Trained(witness, best)
 
 
-def newest_checkpoint(job: JobDir) -> Path | None:
-    """The complete checkpoint with the most steps."""
-    found = step_folders(job.checkpoints)
-    return found[-1] if found else None
+@dataclass(frozen=True)
+class Trained:
+    """What a run came to: the model as it is now, or the adapter of an earlier, better checkpoint."""
+
+    witness: Witness
+    best: Path | None
 
 
-def step_folders(parent: Path) -> list[Path]:
-    """The folders step-N, by N."""
-    named = [path for path in parent.iterdir() if _STEP_FOLDER.fullmatch(path.name)] if parent.is_dir() else []
-    return sorted(named, key=lambda path: int(path.name.removeprefix("step-")))
+class LoopTrainer(Trainer):
+    """transformers' trainer with our batches, our loss and our checkpoints."""
 
-
-def served_checkpoints(job: JobDir) -> Path:
-    """Where each kept checkpoint is as an adapter folder: adapter_checkpoints/step-N/."""
-    return job.path / "adapter_checkpoints"
-
-
-class LoopTrainer(SFTTrainer):
-    """TRL's trainer with our batches, our loss and our checkpoints."""
+    loss_is_scaled_for_ga = True  # the loss of a pass is its share of the batch's
 
     def __init__(self, run: Run, witness: Witness, progress: Progress) -> None:
         self.run, self.witness, self.progress = run, witness, progress
-        self.pass_size = fitting_pass_size(run.check.batch_size, max(run.training.lengths()))
+        self.pass_size = fitting_pass_size(run.check.batch_size, _most_tokens(run.training))
         super().__init__(
             model=run.model,
             args=self._config(),
-            train_dataset=Dataset.from_dict({"conversation": [0]}),  # TRL asks for one; `get_train_dataloader` has ours
-            processing_class=PreTrainedTokenizerFast(tokenizer_file=str(run.job.template / TOKENIZER_FILE)),
+            train_dataset=range(len(run.training)),  # asked for; `get_train_dataloader` has the real one
             data_collator=lambda rows: rows,
             callbacks=[progress],
         )
         self.remove_callback(PrinterCallback)
 
     def get_train_dataloader(self) -> Batches:
-        return Batches(self.run.training, self.run.check.batch_size, self.pass_size, self.run.spec.seed)
+        run = self.run
+        width = None
+        if run.arithmetic.flash_attention:  # it tells packed sequences apart in a single row only
+            width = self.pass_size * _most_tokens(run.training)
+        return Batches(
+            run.training,
+            run.check.batch_size,
+            self.pass_size,
+            run.spec.seed,
+            packed=run.spec.options.packing,
+            width=width,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, torch.Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor | int | None]:
+        """The passes of a batch, and what its objective counts in all of them."""
+        passes, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if passes:
+            with self.run.arithmetic.autocast():
+                self.run.objective.begin_batch(self.run.model, passes)
+        return passes, count
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device
+    ) -> torch.Tensor | int | None:
+        count = torch.tensor(sum(self.run.objective.count(inputs) for inputs in batch_samples), device=device)
+        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
     def compute_loss(
         self,
@@ -112,37 +147,37 @@ class LoopTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Summed over the trained tokens of this pass, divided by those of the whole batch."""
-        found = self.run.objective.score(self.run.model, inputs)
+        """Summed over what the objective counts in this pass, divided by what it counts in the whole batch."""
+        with self.run.arithmetic.autocast():
+            found = self.run.objective.score(self.run.model, inputs)
         self.progress.tally(found)
-        assert num_items_in_batch is not None, "the loss is normalised by the trained tokens of the whole batch"
+        assert num_items_in_batch is not None, "the loss is normalised by what is counted in the whole batch"
         return found.loss / max(1, int(num_items_in_batch))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Nobody asks, and counting costs a walk over all parameters each step."""
         return 0
 
-    def _config(self) -> SFTConfig:
-        check, spec = self.run.check, self.run.spec
-        gpu = torch.cuda.is_available()
-        return SFTConfig(
-            output_dir=str(self.run.job.checkpoints),
-            use_cpu=not gpu,
-            bf16=False,
-            fp16=False,
-            gradient_checkpointing=False,
-            seed=spec.seed,
+    def _config(self) -> TrainingArguments:
+        run, check, options = self.run, self.run.check, self.run.spec.options
+        rate = base_learning_rate(run.model.config.hidden_size, run.spec.method)
+        return TrainingArguments(
+            output_dir=str(run.job.checkpoints),
+            use_cpu=not run.arithmetic.gpu,
+            bf16=False,  # `compute_loss` opens the context itself: it calls parts of the model that accelerate does not wrap
+            fp16=run.arithmetic.precision == "fp16",  # for its scaling of the loss
+            gradient_checkpointing=self._checkpoints_activations(),
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            seed=run.spec.seed,
             num_train_epochs=check.n_epochs,
             per_device_train_batch_size=self.pass_size,
             gradient_accumulation_steps=check.batch_size // self.pass_size,
-            learning_rate=check.learning_rate_multiplier * base_learning_rate(self.run.model.config.hidden_size),
-            lr_scheduler_type="cosine",
-            warmup_steps=math.ceil(_WARMUP_SHARE * check.total_steps),
-            weight_decay=0.0,
+            learning_rate=check.learning_rate_multiplier * rate,
+            lr_scheduler_type=_SCHEDULERS[options.scheduler],
+            warmup_steps=math.ceil(options.warmup_ratio * check.total_steps),
+            weight_decay=options.weight_decay,
             max_grad_norm=1.0,
             optim="adamw_torch_fused",
-            max_length=None,
-            dataset_kwargs={"skip_prepare_dataset": True},
             remove_unused_columns=False,
             dataloader_pin_memory=False,
             logging_strategy="no",
@@ -153,29 +188,46 @@ class LoopTrainer(SFTTrainer):
             disable_tqdm=True,
         )
 
+    def _checkpoints_activations(self) -> bool:
+        """On a GPU where they would not fit; a CPU has its swap, and time is what it lacks."""
+        if not self.run.arithmetic.gpu:
+            return False
+        tokens = self.pass_size * _most_tokens(self.run.training)
+        share = self.run.check.n_trained_tokens / max(1, self.run.check.n_tokens)
+        config, free_bytes = self.run.model.config, torch.cuda.mem_get_info()[0]
+        return needs_checkpointing(config, tokens, math.ceil(share * tokens), free_bytes, self.run.arithmetic)
+
+    def _clip_grad_norm(self, model: PeftModel) -> torch.Tensor | float | None:
+        norm: torch.Tensor | float | None = super()._clip_grad_norm(model)
+        # With fp16 an infinite one is everyday: the scaler leaves that step out and scales less from then on.
+        self.progress.gradient_norm = None if norm is None or self.args.fp16 else float(norm)
+        return norm
+
     def _save_checkpoint(self, model: PeftModel, trial: Any) -> None:
         """The servable adapter first, then what resuming needs, then the event: each implies the one before."""
         step = self.state.global_step
         job = self.run.job
-        adapter = served_checkpoints(job) / f"step-{step}"
-        write_adapter(adapter, self.run.model, job, self.run.spec, self.witness.score(self.run.model))
+        if self.progress.is_listed:  # one that is only for a pause is nobody's model
+            adapter = served_checkpoints(job) / f"step-{step}"
+            write_adapter(adapter, self.run.model, job, self.run.spec, self.witness.score(self.run.model))
         with complete_folder(job.checkpoints / f"step-{step}") as folder:
             write_peft_files(folder, self.run.model)
             self._save_optimizer_and_scheduler(str(folder))
             self._save_rng_state(str(folder))
             self.state.save_to_json(str(folder / "trainer_state.json"))
-            write_json(folder / "metrics.json", self.progress.metrics)
+            save_file(self.run.objective.state, folder / _OBJECTIVE_FILE)
+            write_json(folder / "progress.json", self.progress.state())
         self.progress.checkpoint_written()
-        for parent in (job.checkpoints, served_checkpoints(job)):
-            for old in step_folders(parent)[:-CHECKPOINTS_KEPT]:
-                _remove(old)
+        stopping = self.progress.stopping
+        drop_old(job, None if stopping.patience is None else stopping.best_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PeftModel | None = None) -> None:
-        tensors = load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors")
-        set_peft_model_state_dict(self.run.model, tensors)
+        folder = Path(resume_from_checkpoint)
+        load_adapter(self.run.model, load_file(folder / "adapter_model.safetensors"))
+        for name, tensor in load_file(folder / _OBJECTIVE_FILE).items():
+            self.run.objective.state[name].copy_(tensor)
 
 
-def _remove(folder: Path) -> None:
-    """First out of the way, so that a half-removed folder never looks like a complete one."""
-    beside = folder.rename(folder.parent / f".writing-{folder.name}")
-    shutil.rmtree(beside)
+def _most_tokens(examples: Examples) -> int:
+    """What the largest conversation needs, all its sequences padded alike."""
+    return int((np.diff(examples.conversations) * np.asarray(examples.lengths())).max())

@@ -7,7 +7,6 @@ between leaves nothing, or a folder that the next start sweeps.
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 import time
 from dataclasses import dataclass
@@ -96,7 +95,7 @@ class Creation:
             training_file=refs[TRAINING_FILE],
             validation_file=refs.get(VALIDATION_FILE),
             seed=job.seed,
-            threads=self.settings.threads or len(os.sched_getaffinity(0)),
+            threads=self.settings.trainer_threads,
             max_length=settled.max_length,
             template_digest=bundle.digest,
             method=job.method,

@@ -62,6 +62,7 @@ def tidy_folder(folder: JobDir) -> None:
     """Removes what only a resumed trainer would need, once the job is over: optimiser states are most of the folder."""
     if not folder.is_locked():
         remove_folder(folder.checkpoints)
+        remove_folder(folder.examples)
 
 
 def newest_checkpoint(folder: JobDir) -> int:

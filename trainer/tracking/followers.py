@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Self
 
 from gateway.jobdir import TRACKER_SECRETS, JobDir, JobSpec, Tracker
 from trainer.events import EventLog
+from trainer.stopping import Paused
 from trainer.tracking.follower import Told
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class Tracking:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, Exception) and not isinstance(error, OSError):
+        if isinstance(error, Exception) and not isinstance(error, OSError | Paused):
             self.on_end("failed")
         for child in self._children:  # the job goes on later: they end by themselves
             child.let_go()
