@@ -107,10 +107,12 @@ def test_python_examples_of_the_readme_run(number: int, server: Server) -> None:
 def test_settings_examples_of_the_readme_are_taken(tmp_path: Path) -> None:
     from gateway.settings import load_settings
 
-    bases, vllm, engines = code_blocks("toml")
+    tracking, bases, vllm, engines = code_blocks("toml")
     config = tmp_path / "tunegate.toml"
-    config.write_text(bases + engines)
+    config.write_text(tracking + bases + engines)
+    (tmp_path / "wandb.key").write_text("secret")
     settings = load_settings(config, {"JUDGE_KEY": "secret"}, {})
+    assert settings.tracking.wandb_api_key_file == str((tmp_path / "wandb.key").resolve())
     assert [engine.model for engine in settings.engines] == ["my-llama", "judge"]
     config.write_text(vllm.replace("/opt/vllm/bin/python", sys.executable))
     assert load_settings(config, {}, {}).engines[0].kind == "vllm"

@@ -110,7 +110,8 @@ def run(job: JobDir, warmth: Warmth | None = None, rank: int | None = None) -> R
             ):
                 if not job.adapter.is_dir():
                     _train(job, spec, check, events, told, tracking, warmth, rank)
-                tracking.on_end("succeeded")
+                if job.adapter.is_dir():
+                    tracking.on_end("succeeded")
         steps = steps_taken(job)  # fewer than all where it stopped early
         return Result("succeeded", None, check.n_tokens * check.n_epochs * steps // check.total_steps, steps)
     except Paused as paused:

@@ -218,7 +218,7 @@ class Standby:
 
     def _fits(self, spec: JobSpec) -> bool:
         """Whether the spare is what would be started for this job: one process, its threads, nothing that it left out."""
-        plain = spec.options.quantization == Options().quantization and not spec.trackers
+        plain = spec.options.quantization == Options().quantization and not spec.needs_keys
         return spec.threads == self._threads and spec.launch.processes == 1 and plain
 
     async def _start(self, relaxed: bool) -> None:
