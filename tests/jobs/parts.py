@@ -23,6 +23,7 @@ from gateway.engines.pool import Pool
 from gateway.errors import EngineUnavailable
 from gateway.jobdir import JobDir
 from gateway.jobs.launcher import Launcher
+from gateway.jobs.memory import MemoryEvents
 from gateway.jobs.supervisor import Supervisor
 from gateway.settings import JobSettings, Settings
 from gateway.store import checkpoints as checkpoint_statements
@@ -88,6 +89,7 @@ class Workshop:
             self.catalog,
             self._engine_of,
             Launcher((sys.executable, str(FAKE_TRAINER), str(self.plan_file))),
+            memory=MemoryEvents(folder / "machine"),
         )
 
     def _engine_of(self, base: str) -> Pool:
