@@ -29,6 +29,7 @@ from gateway.jobs.checkpoints import Checkpoints
 from gateway.jobs.creation import Creation
 from gateway.jobs.folder import last_log_line, sweep_folders, tidy_folder
 from gateway.jobs.launcher import Launcher, adopt_check, adopt_trainer
+from gateway.jobs.memory import MemoryEvents
 from gateway.jobs.names import checkpoint_name
 from gateway.jobs.publication import Publication
 from gateway.jobs.sharing import Sharing
@@ -79,12 +80,14 @@ class Supervisor:
         engines: Callable[[str], Pool],
         launcher: Launcher | None = None,
         pools: Callable[[], Iterable[Pool]] = tuple,
+        memory: MemoryEvents | None = None,
     ) -> None:
         """`engines` gives the engine of a base by its name, or raises EngineUnavailable; `pools` gives all."""
         self._store = store
         self._data_dir = data_dir
         self._settings = settings
         self._launcher = launcher or Launcher(tracking=settings.tracking)
+        self._memory = memory or MemoryEvents()
         trackers = Trackers(settings.tracking, data_dir.tracking)
         self._creation = Creation(
             store, blobs, data_dir.jobs, settings.jobs, catalog, trackers, read_launch(settings.jobs)
@@ -342,6 +345,7 @@ class Supervisor:
             job,
             name_checkpoint=lambda step: checkpoint_name(job, organization, step),
             checkpoints=self._checkpoints,
+            memory=self._memory,
             hang_timeout_s=self._settings.jobs.hang_timeout_s,
             stop=stop,
             pause=drive.pause,

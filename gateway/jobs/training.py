@@ -18,10 +18,11 @@ from sqlalchemy import Connection
 
 from gateway.engines.handle import ProcessHandle, exit_text
 from gateway.errors import StoreUnavailable
-from gateway.jobdir import LOCKED_EXIT_CODE, PAUSED_EXIT_CODE, JobDir, Result, TrainerError
+from gateway.jobdir import LOCKED_EXIT_CODE, PAUSED_EXIT_CODE, JobDir, Result, TrainerError, out_of_memory_message
 from gateway.jobs.checkpoints import Change, Checkpoints, Prepared
 from gateway.jobs.folder import has_attempts, last_log_line, newest_checkpoint
 from gateway.jobs.launcher import Launcher, adopt_trainer
+from gateway.jobs.memory import MemoryEvents
 from gateway.jobs.reading import read_progress
 from gateway.store import jobs as statements
 from gateway.store.database import Store
@@ -73,6 +74,7 @@ class Training:
         *,
         name_checkpoint: Callable[[int], str],
         checkpoints: Checkpoints,
+        memory: MemoryEvents,
         hang_timeout_s: float,
         stop: asyncio.Event,
         pause: asyncio.Event | None = None,
@@ -83,6 +85,8 @@ class Training:
         self._folder = folder
         self._name_checkpoint = name_checkpoint
         self._checkpoints = checkpoints
+        self._memory = memory
+        self._starved = False  # the last trainer was killed for want of memory
         self._hang_timeout_s = hang_timeout_s
         self._stop = stop
         self._to_pause = pause or asyncio.Event()
@@ -118,6 +122,9 @@ class Training:
             resumes = await self._store.read(lambda connection: statements.count_resumes(connection, job.id, step))
             # The attempt that wrote the checkpoint made progress; the one that began at nothing did not.
             if resumes >= (MAX_ATTEMPTS if step else MAX_ATTEMPTS - 1):
+                if self._starved:
+                    message = await asyncio.to_thread(self._out_of_memory_message)
+                    raise JobFailed("out_of_memory", f"{message} (the system killed the trainer)", "hyperparameters")
                 raise JobFailed(
                     "trainer_failed",
                     f"Training ended {MAX_ATTEMPTS} times without getting any further. {_sentence(ended)}",
@@ -138,6 +145,7 @@ class Training:
         None for `trainer` is one whose process is unknown: it is there as long as the lock is held.
         """
         hung = False
+        killed_before = await asyncio.to_thread(self._memory.oom_kills)
         asked_to_pause: bool | None = None  # so that a file which an earlier gateway left is gone with the first look
         heard_at = time.monotonic()  # never the wall clock: it may jump
         try:
@@ -175,8 +183,14 @@ class Training:
             return None
         if hung:
             return f"The trainer said nothing for {self._hang_timeout_s:g} s and was ended"
-        how = exit_text(trainer.exit_code if trainer else None)
-        if trainer is not None and trainer.exit_code == -signal.SIGKILL:
+        exit_code = trainer.exit_code if trainer else None
+        how = exit_text(exit_code)
+        killed = await asyncio.to_thread(self._memory.oom_kills)
+        told = killed is not None and killed_before is not None
+        self._starved = told and killed != killed_before and exit_code in (None, -signal.SIGKILL)
+        if self._starved:
+            how = "was killed by the system, which was out of memory"
+        elif exit_code == -signal.SIGKILL and not told:
             how += " (by the system, it may be, for want of memory)"
         line = await asyncio.to_thread(last_log_line, self._folder)
         return f"The trainer {how}" + (f": {line}" if line else "")
@@ -223,6 +237,9 @@ class Training:
             return await asyncio.to_thread(self._folder.read_result)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise JobFailed("trainer_failed", f"The trainer's result.json cannot be read: {error}") from error
+
+    def _out_of_memory_message(self) -> str:
+        return out_of_memory_message(self._folder.read_spec(), self._folder.read_check())
 
     async def _pause(self, seconds: float) -> None:
         try:

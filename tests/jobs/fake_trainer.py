@@ -37,6 +37,7 @@ class Plan:
     fail: list[str] | None = None
     kill_at: dict[str, int] = field(default_factory=dict)  # attempt → the step before which it kills itself
     always_kill_at: int | None = None
+    oom_vmstat: str | None = None  # a file that says that the system killed one more, each time it kills itself
     hang_at: dict[str, int] = field(default_factory=dict)
     gate: str | None = None  # a file that must exist before `gate_at`
     gate_at: int = 3
@@ -128,6 +129,8 @@ class Trainer:
                 time.sleep(0.01)
         if plan.kill_at.get(self.attempt) == step or plan.always_kill_at == step:
             print(f"about to die at step {step}", file=sys.stderr, flush=True)
+            if plan.oom_vmstat:
+                Path(plan.oom_vmstat).write_text(f"oom_kill {self.attempt}\n")
             os.kill(os.getpid(), signal.SIGKILL)
         if plan.hang_at.get(self.attempt) == step:
             time.sleep(GATE_TIMEOUT_S)

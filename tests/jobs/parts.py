@@ -24,6 +24,7 @@ from gateway.engines.pool import Pool
 from gateway.errors import EngineUnavailable
 from gateway.jobdir import JobDir
 from gateway.jobs.launcher import Launcher, child_environment
+from gateway.jobs.memory import MemoryEvents
 from gateway.jobs.standby import Standby
 from gateway.jobs.supervisor import Supervisor
 from gateway.settings import JobSettings, Settings
@@ -101,6 +102,7 @@ class Workshop:
             Launcher(
                 (sys.executable, str(FAKE_TRAINER), str(self.plan_file)), self.standby if "standby" in jobs else None
             ),
+            memory=MemoryEvents(folder / "machine"),
         )
 
     def _engine_of(self, base: str) -> Pool:

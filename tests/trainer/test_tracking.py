@@ -291,7 +291,10 @@ def test_a_tracker_that_never_answers_is_waited_for_a_bounded_time(tracked_job: 
     shutil.rmtree(job.tracking)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         tracked(job, Tracker("mlflow", f"http://127.0.0.1:{silent.getsockname()[1]}"))
-        with EventLog(job.events_path(2)) as events, Tracking(job, job.read_spec().trackers, events, end_wait_s=3.0) as tracking:
+        with (
+            EventLog(job.events_path(2)) as events,
+            Tracking(job, job.read_spec().trackers, events, end_wait_s=3.0) as tracking,
+        ):
             tracking.on_end("succeeded")
     (warning,) = events_of(job, "message", 2)
     assert warning.message == (
