@@ -61,8 +61,11 @@ class Run:
         return load_base(self.spec.base)
 
 
-def train(run: Run, progress: Progress) -> Trained:
-    """Trains `run.model` to its end, from the newest checkpoint if there is one. Raises InvalidLoss, Diverged, Paused."""
+def train(run: Run, progress: Progress) -> Path:
+    """Trains `run.model` to its end, from the newest checkpoint if there is one. Raises InvalidLoss, Diverged, Paused.
+
+    Gives the adapter folder of the checkpoint that is the result: the last, or the best where early stopping was asked for.
+    """
     open_checkpoints(run.job)
     if run.ranks.world > 1:
         route(run.model)
@@ -86,19 +89,10 @@ def train(run: Run, progress: Progress) -> Trained:
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     if progress.paused:
         raise Paused(progress.metrics["step"])
-    best = None
-    if progress.stopping.patience is not None:
-        progress.tell_best()
-        best = served_checkpoints(run.job) / f"step-{progress.stopping.best_step}"
-    return Trained(witness, best)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a run came to: the model as it is now, or the adapter of an earlier, better checkpoint."""
-
-    witness: Witness
-    best: Path | None
+    if progress.stopping.patience is None:
+        return served_checkpoints(run.job) / f"step-{progress.metrics['step']}"
+    progress.tell_best()
+    return served_checkpoints(run.job) / f"step-{progress.stopping.best_step}"
 
 
 def save_adapter(run: Run, witness: Witness, path: Path) -> None:
