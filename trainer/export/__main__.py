@@ -247,7 +247,7 @@ def _go_behind() -> None:
         Path("/proc/self/oom_score_adj").write_text("900")
 
     def wait() -> None:
-        sys.stdin.buffer.read()
+        os.read(0, 1)  # not through sys.stdin, whose lock a thread may not hold at the interpreter's end
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
     threading.Thread(target=wait, daemon=True).start()
