@@ -180,10 +180,15 @@ class Exports:
             await asyncio.gather(*readers)
             code = await process.wait()
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and llama.cpp's converter, where that runs
+            if process.returncode is None:  # else its id may be another's by now
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # and llama.cpp's converter, where that runs
             await asyncio.gather(*readers, return_exceptions=True)
             await process.wait()
+        if code == -signal.SIGKILL:
+            raise RequestError(
+                "The export was killed: there was not enough memory, most likely. 'gguf' takes least of it."
+            )
         if code != 0:
             why = next((line for line in reversed(export.said) if line.startswith("cannot export")), None)
             raise RequestError(
