@@ -13,6 +13,7 @@ import uvicorn
 
 from gateway import __version__
 from gateway.errors import SettingsError
+from gateway.export_command import export
 from gateway.jobdir import Turns
 from gateway.keys_command import cli as keys_cli
 from gateway.models_command import cli as models_cli
@@ -25,6 +26,7 @@ cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 cli.add_typer(models_cli, name="models")
 cli.add_typer(keys_cli, name="keys")
+cli.command()(export)
 cli.command()(usage)
 
 

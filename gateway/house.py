@@ -31,6 +31,7 @@ from gateway.engines.residents import Resident, Residents
 from gateway.engines.routing_metrics import register_routing
 from gateway.errors import EngineUnavailable, SettingsError, TunegateError
 from gateway.evals.runner import EvalRunner
+from gateway.exports import Exports
 from gateway.fleet import Fleet
 from gateway.grading.graders import Graders
 from gateway.inference import Inference
@@ -104,6 +105,8 @@ class House:
             lines_at_once=self.settings.limits.batch_lines,
             max_line_bytes=self.settings.limits.body_bytes,
         )
+        self.exports = Exports(self.store, self.blobs, self.data_dir.path / "exports")
+        await self.exports.open()
         await self.templates.open(self.store)
         self.supervisor = Supervisor(
             self.store,
@@ -155,6 +158,7 @@ class House:
         await asyncio.gather(*starting, return_exceptions=True)
         await self.imports.stop()
         await self.batches.stop()
+        await self.exports.stop()
         await self.evals.stop()
         await self.responses.stop()
         await self.supervisor.stop()

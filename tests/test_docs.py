@@ -90,6 +90,19 @@ def test_the_options_of_models_add_are_those_the_readme_lists() -> None:
     assert set(re.findall(r"--[a-z-]+", line)) == set(re.findall(r"--[a-z-]+", help_text)) - everywhere
 
 
+def test_the_options_of_export_are_those_the_readme_lists() -> None:
+    (line,) = re.findall(r"^tunegate export .*$", README, re.MULTILINE)
+    help_text = subprocess.run(
+        [sys.executable, "-m", "gateway", "export", "--help"],
+        env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert set(re.findall(r"--[a-z-]+", line)) == set(re.findall(r"--[a-z-]+", help_text)) - {"--help"}
+
+
 @pytest.mark.parametrize("number", range(len(code_blocks("sh"))))
 def test_shell_examples_of_the_readme_run(number: int, server: Server) -> None:
     block = on(server, code_blocks("sh")[number])
