@@ -14,13 +14,11 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, Self
+from typing import Self
 
 from gateway.jobdir import JobDir, JobSpec, TrainerError, read_json, write_json
-
-if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 LEADER_VARIABLE = "TUNEGATE_TRAINER_PID"  # the process that started this one
 PREVIOUS_RANKS_WAIT_S = 30.0
@@ -63,6 +61,9 @@ class Failure:
 def train_together(job: JobDir, spec: JobSpec) -> None:
     """Returns when every rank is done. Raises RankFailed, or OSError where trying again may help."""
     world = spec.launch.processes
+    if spec.launch.sharding in ("zero2", "zero3") and find_spec("deepspeed") is None:
+        message = f"The sharding '{spec.launch.sharding}' needs DeepSpeed: pip install 'tunegate[deepspeed]'"
+        raise RankFailed(TrainerError("deepspeed_missing", message))
     _wait_for_previous(job)
     records = _record(job, 0).parent
     shutil.rmtree(records, ignore_errors=True)
@@ -93,7 +94,8 @@ def train_together(job: JobDir, spec: JobSpec) -> None:
     try:
         elastic_launch(config, sys.executable)("-m", "trainer.rank", str(job.path))
     except ChildFailedError as error:
-        _raise_first(job, world, error.failures)
+        found = {rank: Failure.read(job, rank) for rank in range(world)}
+        raise first_failure(found, {rank: failed.exitcode for rank, failed in error.failures.items()}) from None
     except SignalException as received:
         signal.signal(received.sigval, signal.SIG_DFL)
         os.kill(os.getpid(), received.sigval)  # ends as a process that has no group would
@@ -134,22 +136,25 @@ def _wait_for_previous(job: JobDir) -> None:
         os.close(fd)
 
 
-def _raise_first(job: JobDir, world: int, ended: dict[int, ProcessFailure]) -> NoReturn:
-    """Raises what ended the group: the first failure of its own, else a rank that was killed, else a lost connection."""
-    found = {rank: Failure.read(job, rank) for rank in range(world)}
-    told = sorted(((rank, said) for rank, said in found.items() if said), key=lambda item: item[1].at)
+def first_failure(found: dict[int, Failure | None], codes: dict[int, int]) -> Exception:
+    """What ended the group: the first failure of a rank's own, else one that was killed, else a lost connection.
+
+    `codes` are the exit codes of those that ended; a signal's number is negative. OSError where trying again may help.
+    """
+    world = len(found)
+    told = sorted(((rank, failure) for rank, failure in found.items() if failure), key=lambda item: item[1].at)
     for rank, failure in told:
+        if failure.error is not None:
+            return RankFailed(replace(failure.error, message=f"{failure.error.message} (process {rank} of {world})"))
         if not failure.lost:
-            if failure.error is None:
-                raise OSError(f"{failure.said} (process {rank} of {world})")
-            raise RankFailed(replace(failure.error, message=f"{failure.error.message} (process {rank} of {world})"))
-    for rank, process in ended.items():
-        if process.exitcode < 0 and process.exitcode != -signal.SIGTERM:
-            how = f"was killed by {process.signal_name()}"
-            if process.exitcode == -signal.SIGKILL:
+            return OSError(f"{failure.said} (process {rank} of {world})")
+    for rank, code in sorted(codes.items()):
+        if code < 0 and code != -signal.SIGTERM:  # which is how the agent ends the others
+            how = f"was killed by {signal.Signals(-code).name}"
+            if code == -signal.SIGKILL:
                 how += " (by the system, it may be, for want of memory)"
-            raise OSError(f"Process {rank} of {world} {how}")
+            return OSError(f"Process {rank} of {world} {how}")
     for rank, failure in told:
-        raise OSError(f"Process {rank} of {world} lost the others: {failure.said}")
-    rank, process = min(ended.items())
-    raise OSError(f"Process {rank} of {world} exited with code {process.exitcode}")
+        return OSError(f"Process {rank} of {world} lost the others: {failure.said}")
+    rank, code = min(codes.items())
+    return OSError(f"Process {rank} of {world} exited with code {code}")
