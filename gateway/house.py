@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +35,9 @@ from gateway.fleet import Fleet
 from gateway.grading.graders import Graders
 from gateway.inference import Inference
 from gateway.jobs.imports import Imports
+from gateway.jobs.launcher import Launcher, child_environment
 from gateway.jobs.preview import Previews
+from gateway.jobs.standby import Standby
 from gateway.jobs.supervisor import Supervisor
 from gateway.keys import Keyring
 from gateway.metering import Meter
@@ -109,6 +112,7 @@ class House:
             self.settings,
             self.catalog,
             self.engine,
+            Launcher(standby=self._standby(), tracking=self.settings.tracking),
             pools=self.residents.engines,
         )
         added = await asyncio.to_thread(added_names, self.data_dir.bases)
@@ -204,6 +208,10 @@ class House:
         if self._starting:
             await asyncio.wait(self._starting.values())
         self._started.set()
+
+    def _standby(self) -> Standby:
+        jobs = self.settings.jobs
+        return Standby(jobs.standby, jobs.trainer_threads, self.data_dir.path, lambda: child_environment(os.environ))
 
     def _begin(self, name: str, settings: BaseSettings) -> None:
         self._starting[name] = asyncio.create_task(self._start_base(name, settings), name=f"start {name}")

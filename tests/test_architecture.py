@@ -25,7 +25,8 @@ ARROWS: dict[str, set[str]] = {
     "gateway.vllm_plugin": LEAVES,
     "gateway.chat": LEAVES,
     "gateway.engine_settings": {"gateway.errors"},
-    "gateway.settings": {"gateway.engine_settings", "gateway.errors"},
+    "gateway.tracking_settings": {"gateway.errors"},
+    "gateway.settings": {"gateway.engine_settings", "gateway.errors", "gateway.tracking_settings"},
     "gateway.fleet": {
         "gateway.bases",
         "gateway.engine_settings",
@@ -58,6 +59,13 @@ ARROWS: dict[str, set[str]] = {
     },
     "gateway.embedding": {"gateway.engines", "gateway.errors"},
     "gateway.engine_request": {"gateway.engines", "gateway.errors"},
+    "gateway.generation": {
+        "gateway.access",
+        "gateway.chat",
+        "gateway.engine_request",
+        "gateway.engines",
+        "gateway.errors",
+    },
     "gateway.inference": {
         "gateway.access",
         "gateway.chat",
@@ -65,13 +73,15 @@ ARROWS: dict[str, set[str]] = {
         "gateway.engine_request",
         "gateway.engines",
         "gateway.errors",
+        "gateway.generation",
     },
     "gateway.patience": {"gateway.errors"},
-    "gateway.replies": {"gateway.inference", "gateway.wire"},
+    "gateway.replies": {"gateway.chat", "gateway.generation", "gateway.wire"},
     "gateway.responses": {
         "gateway.access",
         "gateway.chat",
         "gateway.errors",
+        "gateway.generation",
         "gateway.inference",
         "gateway.patience",
         "gateway.replies",
@@ -82,6 +92,7 @@ ARROWS: dict[str, set[str]] = {
         "gateway.access",
         "gateway.errors",
         "gateway.grading",
+        "gateway.generation",
         "gateway.inference",
         "gateway.patience",
         "gateway.replies",
@@ -105,6 +116,7 @@ ARROWS: dict[str, set[str]] = {
         "gateway.errors",
         "gateway.jobdir",
         "gateway.settings",
+        "gateway.tracking_settings",
     }
     | {"gateway.store", "gateway.chat"},
     "gateway.templates": {"gateway.chat", "gateway.engines", "gateway.errors", "gateway.settings", "gateway.store"}
@@ -128,6 +140,7 @@ ARROWS: dict[str, set[str]] = {
         "gateway.errors",
         "gateway.evals",
         "gateway.grading",
+        "gateway.generation",
         "gateway.inference",
         "gateway.jobs",
         "gateway.replies",
@@ -145,6 +158,7 @@ BUILDERS |= {"gateway.keys_command", "gateway.usage_command"}
 
 # What no process that serves requests may carry.
 HEAVY = {"torch", "vllm", "llama_cpp", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate"}
+HEAVY |= {"wandb", "tensorboard", "mlflow"}
 # Ways out of the process, which the pure rooms do not take.
 INPUT_OUTPUT = {
     "asyncio",

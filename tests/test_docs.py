@@ -13,6 +13,7 @@ import pytest
 
 from gateway.engine_settings import EngineSettings
 from gateway.settings import BaseSettings, JobSettings, LimitSettings, Settings, TemplateSettings
+from gateway.tracking_settings import TrackingSettings
 from tests.server import Server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +29,7 @@ def setting_names() -> set[str]:
     """Every setting as the README's headings name it."""
     tables = {"": Settings, "bases.NAME.": BaseSettings, "templates.NAME.": TemplateSettings}
     tables |= {"engines.": EngineSettings, "jobs.": JobSettings, "limits.": LimitSettings}
+    tables |= {"tracking.": TrackingSettings}
     return {prefix + field.name for prefix, table in tables.items() for field in msgspec.structs.fields(table)}
 
 

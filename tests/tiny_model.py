@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 
 from gateway.chat.bundle import Bundle
-from gateway.jobdir import BaseRef, FileRef, Hyperparameters, JobDir, JobSpec, Lora
+from gateway.jobdir import BaseRef, FileRef, Hyperparameters, JobDir, JobSpec, Lora, Options
 
 SENTENCES = [
     "Set a timer for ten minutes.",
@@ -180,6 +180,7 @@ def write_job(
     max_length: int = 256,
     hyperparameters: Hyperparameters | None = None,
     lora: Lora | None = None,
+    options: Options | None = None,
     threads: int = 1,
 ) -> JobDir:
     """A job directory as the gateway makes it, on a prepared base."""
@@ -203,6 +204,7 @@ def write_job(
         template_digest=bundle.digest,
         hyperparameters=hyperparameters or Hyperparameters(),
         lora=lora or Lora(rank=4, alpha=8),
+        options=options or Options(),
     )
     job.write_spec(spec)
     return job

@@ -2,6 +2,7 @@
 
     exit 0      there is a result.json (or, with --check, a check.json)
     exit 75     another trainer holds the job's lock; nothing was done
+    exit 76     paused: there was a file `pause` in the folder; the same command goes on from the checkpoint at that step
     exit 1      the machine failed (a full disk, say): no result, the same command goes on from the newest checkpoint
     a signal    no result either: who sent it knows why
 
@@ -11,21 +12,39 @@ What is wrong with the data, the numbers or the code ends in result.json as fail
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import traceback
-import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gateway.jobdir import LOCKED_EXIT_CODE, Check, JobDir, JobSpec, Result, TrainerError
+from gateway.jobdir import (
+    LOCKED_EXIT_CODE,
+    PAUSED_EXIT_CODE,
+    Check,
+    JobDir,
+    JobSpec,
+    Result,
+    TrainerError,
+    out_of_memory_message,
+)
 from trainer.check import run_check
-from trainer.dataset import prepare_examples, stored_examples
+from trainer.checkpoints import steps_taken, take_as_result
+from trainer.dataset import prepare_examples, read_bundle, stored_examples
 from trainer.events import EventLog, told_checkpoints
 from trainer.examples import Examples, StaleExamples
 from trainer.export.folder import sweep
+from trainer.libraries import import_libraries, set_environment
+from trainer.stopping import Diverged, InvalidLoss, Paused
+from trainer.tracking.followers import Tracking, owed
+
+if TYPE_CHECKING:
+    from trainer.standby import Warmth
 
 # how torch and safetensors report what Python would raise OSError for
 _STORAGE_FAILURES = ("PytorchStreamWriter", "inline_container", "I/O error", "os error")
+_MEMORY_FAILURES = ("DefaultCPUAllocator", "std::bad_alloc", "Cannot allocate memory", "(os error 12)")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,22 +60,30 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{job.path}: another trainer is at work on this job", file=sys.stderr)
         return LOCKED_EXIT_CODE
     try:
-        if options.check:
+        return work(job, check_only=options.check)
+    finally:
+        os.close(lock)
+
+
+def work(job: JobDir, *, check_only: bool = False, warmth: Warmth | None = None) -> int:
+    """The exit code. The caller holds the job's lock; `warmth` is what a standby has ready."""
+    try:
+        if check_only:
             job.write_check(run_check(job, job.read_spec()))
         elif job.read_result() is None:
-            result = run(job)
+            result = run(job, warmth)
+            if result is None:
+                return PAUSED_EXIT_CODE
             job.write_result(result)
     except OSError:
         traceback.print_exc()
         return 1
-    finally:
-        os.close(lock)
     return 0
 
 
-def run(job: JobDir) -> Result:
-    """Trains the job to its end, whatever that is. Raises OSError where trying again may help."""
-    check = None
+def run(job: JobDir, warmth: Warmth | None = None) -> Result | None:
+    """Trains the job to its end, whatever that is, or until it is paused (None). OSError where trying again may help."""
+    spec, check = None, None
     try:
         spec = job.read_spec()
         check = job.read_check()
@@ -66,26 +93,46 @@ def run(job: JobDir) -> Result:
         if check.error is not None:
             return Result("failed", check.error)
         sweep(job.path)
-        if not job.adapter.is_dir():  # it may be there: killed just before the result
+        if not job.adapter.is_dir() or owed(job, spec):  # the adapter may be there: killed just before the result
             told = told_checkpoints(job)
-            with EventLog(job.events_path(job.next_attempt())) as events:  # before the imports: seen to be at work
-                _train(job, spec, check, events, told)
-        return Result("succeeded", None, check.n_tokens * check.n_epochs, check.total_steps)
+            with (  # before the imports: seen to be at work
+                EventLog(job.events_path(job.next_attempt())) as events,
+                Tracking(job, spec, events) as tracking,
+            ):
+                if not job.adapter.is_dir():
+                    _train(job, spec, check, events, told, tracking, warmth)
+                tracking.on_end("succeeded")
+        steps = steps_taken(job)  # fewer than all where it stopped early
+        return Result("succeeded", None, check.n_tokens * check.n_epochs * steps // check.total_steps, steps)
+    except Paused as paused:
+        print(f"{job.path}: {paused}", file=sys.stderr)
+        return None
     except Exception as error:  # the process boundary: logged, and recorded as the job's failure
-        if isinstance(error, OSError):
-            raise
-        if any(words in str(error) for words in _STORAGE_FAILURES):
-            raise OSError(f"{job.path} cannot be written: {error}") from error
+        if not _is_out_of_memory(error):
+            if isinstance(error, OSError):
+                raise
+            if any(words in str(error) for words in _STORAGE_FAILURES):
+                raise OSError(f"{job.path} cannot be written: {error}") from error
         traceback.print_exc()
-        return Result("failed", _explained(error, check))
+        return Result("failed", _explained(error, spec, check))
 
 
-def _train(job: JobDir, spec: JobSpec, check: Check, events: EventLog, told: set[int]) -> None:
-    _set_environment(spec.threads)
-    warnings.simplefilter("ignore", FutureWarning)  # the pinned libraries' words to one another
-    if spec.options.quantization == "none":
-        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # as if it were not there: PEFT imports it for a second
+def _train(
+    job: JobDir,
+    spec: JobSpec,
+    check: Check,
+    events: EventLog,
+    told: set[int],
+    tracking: Tracking,
+    warmth: Warmth | None,
+) -> None:
     # torch, transformers and peft take seconds to import: only a job that will train pays for them
+    if warmth is None:
+        set_environment(spec.threads)
+        sharded = spec.launch.sharding in ("zero2", "zero3")
+        import_libraries(quantised=spec.options.quantization != "none", sharded=sharded)
+    else:
+        warmth.wait()
     import torch
 
     from trainer import arithmetic, loop, model
@@ -93,18 +140,26 @@ def _train(job: JobDir, spec: JobSpec, check: Check, events: EventLog, told: set
     from trainer.methods import make_objective
     from trainer.progress import Progress
     from trainer.reference import freeze_reference
+    from trainer.tracking.samples import Samples
 
     torch.set_num_threads(spec.threads)
     training, validation = _examples(job, spec)
     numbers = arithmetic.choose(spec.options)
     start = job.start if spec.starts_from is not None else None
-    tuned = model.add_lora(model.load_base(spec.base, numbers), spec.lora, spec.seed, start)
+    base = (numbers.base_is_exact and warmth and warmth.take(spec.base)) or model.load_base(spec.base, numbers)
+    tuned = model.add_lora(base, spec.lora, spec.seed, start)
     if start is not None and spec.method in ("dpo", "kto"):
         freeze_reference(tuned)
     objective = make_objective(spec, check, training)
-    progress = Progress(events, check, tuned, validation, told, objective)
-    witness = loop.train(loop.Run(job, spec, check, tuned, training, validation, objective, numbers), progress)
-    write_adapter(job.adapter, tuned, job, spec, witness.score(tuned))
+    # Each process of a sharded model has a part of it, and all would have to answer together.
+    if spec.trackers and spec.predictions and validation is not None and spec.launch.sharding == "none":
+        tracking.sample_with(Samples(events.path.parent, tuned, validation, read_bundle(job), spec.predictions))
+    progress = Progress(events, check, tuned, validation, told, objective, job, spec.options, tracking)
+    trained = loop.train(loop.Run(job, spec, check, tuned, training, validation, objective, numbers), progress)
+    if trained.best is not None:
+        take_as_result(job, trained.best)
+    else:
+        write_adapter(job.adapter, tuned, job, spec, trained.witness.score(tuned))
     events.sync()
 
 
@@ -117,34 +172,26 @@ def _examples(job: JobDir, spec: JobSpec) -> tuple[Examples, Examples | None]:
         return stored_examples(job, spec)
 
 
-def _set_environment(threads: int) -> None:
-    """Before torch is imported: no network, no telemetry, a fixed number of threads.
-
-    Threads that wait must sleep: spinning, two of them beside a busy engine on two cores made a step 20 times slower.
-    """
-    os.environ |= {
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "MKL_NUM_THREADS": str(threads),
-    }
+def _is_out_of_memory(error: Exception) -> bool:
+    """As Python, numpy, the kernel and torch (on a CPU, on a GPU) say it."""
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(words in str(error) for words in _MEMORY_FAILURES)
+    )
 
 
-def _explained(error: Exception, check: Check | None) -> TrainerError:
-    said = f"{type(error).__name__}: {error}"
-    if said.startswith("InvalidLoss"):
+def _explained(error: Exception, spec: JobSpec | None, check: Check | None) -> TrainerError:
+    if isinstance(error, InvalidLoss):
         return TrainerError("invalid_loss", str(error), "hyperparameters")
-    if said.startswith("UnsupportedOption"):
+    if isinstance(error, Diverged):
+        return TrainerError("training_diverged", str(error), "hyperparameters")
+    if type(error).__name__ == "UnsupportedOption":
         return TrainerError("unsupported_option", str(error), "method")
-    if said.startswith(("MemoryError", "OutOfMemoryError")) or "DefaultCPUAllocator" in said:
-        size = f" (it was {check.batch_size})" if check else ""
-        message = f"Training ran out of memory. Set a smaller batch_size{size}, or split the longest examples"
-        return TrainerError("out_of_memory", message, "hyperparameters")
-    return TrainerError("trainer_error", f"The trainer stopped unexpectedly. {said}")
+    if _is_out_of_memory(error):
+        return TrainerError("out_of_memory", out_of_memory_message(spec, check), "hyperparameters")
+    return TrainerError("trainer_error", f"The trainer stopped unexpectedly. {type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ class EventLog:
     """The events of one attempt. Flushed with each event; on the disk after `sync`."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         self._seq = 0

@@ -11,8 +11,7 @@ be imported for a second and to round a quantised base's adapter to bfloat16. Th
 from __future__ import annotations
 
 import math
-import re
-import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,18 +27,18 @@ from transformers.trainer_callback import PrinterCallback
 from gateway.jobdir import Check, JobDir, JobSpec, write_json
 from trainer.arithmetic import EXACT, Arithmetic, needs_checkpointing
 from trainer.batches import Batches, fitting_pass_size
+from trainer.checkpoints import drop_old, newest_checkpoint, open_checkpoints, served_checkpoints, step_of
 from trainer.examples import Examples
 from trainer.export.adapter import write_adapter, write_peft_files
-from trainer.export.folder import complete_folder, sweep
+from trainer.export.folder import complete_folder
 from trainer.export.witness import Witness
 from trainer.model import base_learning_rate, load_adapter, load_base
 from trainer.progress import Progress
 from trainer.scoring import Objective
+from trainer.stopping import Paused
 
-CHECKPOINTS_KEPT = 3
 _OBJECTIVE_FILE = "objective.safetensors"
 _SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-_STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -60,40 +59,38 @@ class Run:
         return load_base(self.spec.base)
 
 
-def train(run: Run, progress: Progress) -> Witness:
-    """Trains `run.model` to the last step, from the newest checkpoint if there is one. Raises InvalidLoss."""
-    for folder in (run.job.checkpoints, served_checkpoints(run.job)):
-        folder.mkdir(exist_ok=True)
-        sweep(folder)
+def train(run: Run, progress: Progress) -> Trained:
+    """Trains `run.model` to its end, from the newest checkpoint if there is one. Raises InvalidLoss, Diverged, Paused."""
+    open_checkpoints(run.job)
+    began = time.monotonic()
     witness = Witness(  # before the first step: the base's view of it
         run.validation or run.training,
         run.model,
         run.spec.max_length,
         None if run.arithmetic.base_is_exact else run.load_served_base,
     )
+    progress.forecast.saved(time.monotonic() - began)
     trainer = LoopTrainer(run, witness, progress)
     newest = newest_checkpoint(run.job)
     if newest is not None:
-        progress.resumed(int(newest.name.removeprefix("step-")), newest)
-    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-    return witness
+        progress.resumed(step_of(newest), newest)
+    if not progress.stopping.is_over:  # else killed behind its last checkpoint
+        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    if progress.paused:
+        raise Paused(progress.metrics["step"])
+    best = None
+    if progress.stopping.patience is not None:
+        progress.tell_best()
+        best = served_checkpoints(run.job) / f"step-{progress.stopping.best_step}"
+    return Trained(witness, best)
 
 
-def newest_checkpoint(job: JobDir) -> Path | None:
-    """The complete checkpoint with the most steps."""
-    found = step_folders(job.checkpoints)
-    return found[-1] if found else None
+@dataclass(frozen=True)
+class Trained:
+    """What a run came to: the model as it is now, or the adapter of an earlier, better checkpoint."""
 
-
-def step_folders(parent: Path) -> list[Path]:
-    """The folders step-N, by N."""
-    named = [path for path in parent.iterdir() if _STEP_FOLDER.fullmatch(path.name)] if parent.is_dir() else []
-    return sorted(named, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def served_checkpoints(job: JobDir) -> Path:
-    """Where each kept checkpoint is as an adapter folder: adapter_checkpoints/step-N/."""
-    return job.path / "adapter_checkpoints"
+    witness: Witness
+    best: Path | None
 
 
 class LoopTrainer(Trainer):
@@ -200,23 +197,29 @@ class LoopTrainer(Trainer):
         config, free_bytes = self.run.model.config, torch.cuda.mem_get_info()[0]
         return needs_checkpointing(config, tokens, math.ceil(share * tokens), free_bytes, self.run.arithmetic)
 
+    def _clip_grad_norm(self, model: PeftModel) -> torch.Tensor | float | None:
+        norm: torch.Tensor | float | None = super()._clip_grad_norm(model)
+        # With fp16 an infinite one is everyday: the scaler leaves that step out and scales less from then on.
+        self.progress.gradient_norm = None if norm is None or self.args.fp16 else float(norm)
+        return norm
+
     def _save_checkpoint(self, model: PeftModel, trial: Any) -> None:
         """The servable adapter first, then what resuming needs, then the event: each implies the one before."""
         step = self.state.global_step
         job = self.run.job
-        adapter = served_checkpoints(job) / f"step-{step}"
-        write_adapter(adapter, self.run.model, job, self.run.spec, self.witness.score(self.run.model))
+        if self.progress.is_listed:  # one that is only for a pause is nobody's model
+            adapter = served_checkpoints(job) / f"step-{step}"
+            write_adapter(adapter, self.run.model, job, self.run.spec, self.witness.score(self.run.model))
         with complete_folder(job.checkpoints / f"step-{step}") as folder:
             write_peft_files(folder, self.run.model)
             self._save_optimizer_and_scheduler(str(folder))
             self._save_rng_state(str(folder))
             self.state.save_to_json(str(folder / "trainer_state.json"))
             save_file(self.run.objective.state, folder / _OBJECTIVE_FILE)
-            write_json(folder / "metrics.json", self.progress.metrics)
+            write_json(folder / "progress.json", self.progress.state())
         self.progress.checkpoint_written()
-        for parent in (job.checkpoints, served_checkpoints(job)):
-            for old in step_folders(parent)[:-CHECKPOINTS_KEPT]:
-                _remove(old)
+        stopping = self.progress.stopping
+        drop_old(job, None if stopping.patience is None else stopping.best_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PeftModel | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -228,9 +231,3 @@ class LoopTrainer(Trainer):
 def _most_tokens(examples: Examples) -> int:
     """What the largest conversation needs, all its sequences padded alike."""
     return int((np.diff(examples.conversations) * np.asarray(examples.lengths())).max())
-
-
-def _remove(folder: Path) -> None:
-    """First out of the way, so that a half-removed folder never looks like a complete one."""
-    beside = folder.rename(folder.parent / f".writing-{folder.name}")
-    shutil.rmtree(beside)

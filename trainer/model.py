@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
@@ -132,7 +132,8 @@ def _as_state(
 def add_lora(model: PreTrainedModel, lora: Lora, seed: int, start: Path | None = None) -> PeftModel:
     """The model with an adapter named "default", in float32, fresh or as in the folder `start`; only it has gradients.
 
-    An adapter that is trained on keeps its shape: of `lora` only the dropout counts.
+    An adapter that is trained on keeps its shape: of `lora` only the dropout counts. Raises UnsupportedModel for weights that
+    are not of this base.
     """
     torch.manual_seed(seed)
     config = LoraConfig(
@@ -151,18 +152,22 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int, start: Path | None =
                 setattr(config, name, shape[name])
     with warnings.catch_warnings():  # this PEFT asks by a name that this transformers calls old
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        tuned = get_peft_model(model, config)
+        tuned: PeftModel = get_peft_model(model, config)
     if start is not None:
         load_adapter(tuned, load_file(start / "adapter_model.safetensors"))
     return tuned
 
 
 def load_adapter(model: PeftModel, state: dict[str, torch.Tensor]) -> None:
-    """Gives the adapter these weights. Raises ValueError when they are of another shape or base."""
-    found = set_peft_model_state_dict(model, state)
-    missing = [name for name in found.missing_keys if ".lora_" in name and ".default." in name]
-    if missing or found.unexpected_keys:
-        raise ValueError(f"the adapter does not fit the base: {', '.join([*missing, *found.unexpected_keys][:3])}")
+    """Gives the adapter these weights. Raises UnsupportedModel when they are of another shape or base."""
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if odd := sorted(_shapes(own) ^ _shapes(state)):
+        raise UnsupportedModel(f"the adapter does not fit this model: {odd[0][0]} has another shape or place")
+    set_peft_model_state_dict(model, state)
+
+
+def _shapes(state: dict[str, torch.Tensor]) -> set[tuple[str, torch.Size]]:
+    return {(name, tensor.shape) for name, tensor in state.items()}
 
 
 def target_modules(model: PreTrainedModel, asked: str) -> list[str]:

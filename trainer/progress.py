@@ -1,42 +1,34 @@
 """What happens at each step: loss and accuracy told, validation measured, checkpoints asked for, the end foreseen.
 
-Place in the flow: a callback of loop → events. One rule: it watches; nothing here changes what is trained.
+Place in the flow: a callback of loop → events. One rule: it watches and says when to save and when to stop; nothing here
+changes what is trained.
 
 Every step has train loss and accuracy. With a validation file, `valid_*` is measured on one batch of it at some fifty
-steps of a job and at each checkpoint (which batch follows from the step's number), and `full_valid_*` on all of it at the
-end of each epoch.
+steps of a job and at each checkpoint (which batch follows from the step's number), and `full_valid_*` on all of it at
+each checkpoint: at the end of each epoch and every `checkpoint_steps`.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gateway.jobdir import Check, read_json
+from gateway.jobdir import Check, JobDir, Options, read_json
 from trainer.batches import collate
 from trainer.events import EventLog
 from trainer.examples import Examples
+from trainer.forecast import Forecast
 from trainer.scoring import Objective, Score, evaluating
+from trainer.stopping import Divergence, EarlyStopping
+from trainer.tracking.followers import Tracking
 
 _PROGRESS_EVERY_S = 2.0
 _VALIDATIONS_PER_JOB = 50
-_FINISHING_S = 1.0  # the last adapter's export
-
-
-class InvalidLoss(ArithmeticError):
-    """The loss is not a finite number: training went off and cannot come back."""
-
-    def __init__(self, step: int, loss: float) -> None:
-        super().__init__(
-            f"The training loss became {loss} at step {step}. "
-            "Set a lower learning_rate_multiplier, or look for examples that are empty or not text"
-        )
 
 
 class Progress(TrainerCallback):
@@ -50,16 +42,33 @@ class Progress(TrainerCallback):
         validation: Examples | None,
         told: set[int],
         objective: Objective,
+        job: JobDir | None = None,
+        options: Options | None = None,
+        tracking: Tracking | None = None,
     ) -> None:
-        """`told` are the steps whose checkpoint an earlier attempt has announced."""
+        """`told` are the steps whose checkpoint an earlier attempt has announced; `job` is asked whether to pause."""
+        options = options or Options()
         self.metrics: dict[str, Any] = {}  # of the last step
+        self.gradient_norm: float | None = None  # of the step under way, where it is known
+        self.is_listed = False  # whether the checkpoint that is asked for is one for clients, not only for a pause
+        self.paused = False
+        self.stopping = EarlyStopping(options.early_stopping_patience if validation is not None else None)
+        self._divergence = Divergence()
         self._events, self._check, self._model, self._validation, self._told = events, check, model, validation, told
-        self._objective = objective
+        self._objective, self._job, self._checkpoint_steps = objective, job, options.checkpoint_steps
+        self._tracking = tracking
         self._extras: dict[str, float]
         self._loss, self._correct, self._count, self._extras = 0.0, 0, 0, {}
-        self._step_s: deque[float] = deque(maxlen=20)
-        self._checkpoint_s = 0.0
-        self._began = self._saved = self._said = time.monotonic()
+        self._per_epoch = math.ceil(check.n_examples / check.batch_size)
+        self._valid_every = math.ceil(check.total_steps / _VALIDATIONS_PER_JOB)
+        self.forecast = Forecast(
+            check.total_steps,
+            self._per_epoch,
+            options.checkpoint_steps,
+            self._valid_every if validation is not None else 0,
+        )
+        self._began = self._saving = time.monotonic()
+        self._foreseen_at = -math.inf
 
     def tally(self, found: Score) -> None:
         """Counts one pass; a step has one or more."""
@@ -69,17 +78,49 @@ class Progress(TrainerCallback):
         for name, value in found.extras.items():
             self._extras[name] = self._extras.get(name, 0.0) + value
 
+    # of a checkpoint
+
+    def state(self) -> dict[str, Any]:
+        """What goes into a checkpoint, so that a run that goes on from it tells and decides the same."""
+        return {
+            "metrics": self.metrics,
+            "listed": self.is_listed,
+            "stopping": self.stopping.state(),
+            "divergence": self._divergence.state(),
+        }
+
     def resumed(self, step: int, checkpoint: Path) -> None:
         self._events.write("message", f"Training goes on from the checkpoint at step {step}")
-        self.metrics = read_json(checkpoint / "metrics.json")
-        if step not in self._told:  # killed between the checkpoint and its event
+        state = read_json(checkpoint / "progress.json")
+        self.metrics, self.is_listed = state["metrics"], state["listed"]
+        self.stopping.restore(state["stopping"])
+        self._divergence.restore(state["divergence"])
+        if self.is_listed and step not in self._told:  # killed between the checkpoint and its event
             self.checkpoint_written()
 
     def checkpoint_written(self) -> None:
+        """The folder is complete: told, if it is one for clients."""
         step = self.metrics["step"]
-        self._events.write("checkpoint", f"Checkpoint created at step {step}", self.metrics)
-        self._events.sync()
-        self._checkpoint_s = time.monotonic() - self._saved
+        if self.is_listed:
+            self._events.write("checkpoint", f"Checkpoint created at step {step}", self.metrics)
+            self._events.sync()
+            self.forecast.saved(time.monotonic() - self._saving)
+        if self.paused:
+            self._events.write("message", f"Training paused behind step {step}")
+            self._events.sync()
+
+    def tell_best(self) -> None:
+        """Which checkpoint became the result, and why."""
+        best, last, loss = self.stopping.best_step, self.metrics["step"], self.stopping.best_loss
+        if self.stopping.is_over:
+            self._events.write(
+                "message",
+                f"Stopped early at step {last}: the full validation loss did not get below {loss:.4f}, its value at step "
+                f"{best}, in {self.stopping.stale} validations (early_stopping_patience)",
+            )
+        self._events.write("message", f"The checkpoint at step {best}, full validation loss {loss:.4f}, is the model")
+
+    # called by transformers
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._began = time.monotonic()
@@ -87,36 +128,51 @@ class Progress(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         step, total = state.global_step, state.max_steps
         loss = self._loss / max(1, self._count)
-        if not math.isfinite(loss):
-            raise InvalidLoss(step, loss)
-        epoch_ends = step % math.ceil(self._check.n_examples / self._check.batch_size) == 0
+        self._divergence.see(step, loss, self.gradient_norm)
+        self.forecast.stepped(time.monotonic() - self._began)
+        self.is_listed = self._is_checkpoint(step) or step == total
         self.metrics = {
             "step": step,
             "total_steps": total,
             "train_loss": loss,
             "train_mean_token_accuracy": self._correct / max(1, self._count),
             **{f"train_{name}": value / max(1, self._count) for name, value in self._extras.items()},
-            **self._validate(step, total, epoch_ends),
+            **self._validate(step),
         }
         self._loss, self._correct, self._count, self._extras = 0.0, 0, 0, {}
+        if self.is_listed and "full_valid_loss" in self.metrics:
+            self.stopping.see(step, self.metrics["full_valid_loss"])
         self._events.write("metrics", _sentence(self.metrics), self.metrics)
-        now = time.monotonic()
-        self._step_s.append(now - self._began)
-        self._saved = now
-        control.should_save = epoch_ends
-        self._foresee(step, total)
+        if self._tracking is not None:
+            self._tracking.on_metrics()
+        self.paused = step < total and not self.stopping.is_over and self._is_pause_asked()
+        control.should_save = self.is_listed or self.paused
+        control.should_training_stop = step >= total or self.stopping.is_over or self.paused
+        self._saving = time.monotonic()
+        self._foresee(step)
 
-    def _validate(self, step: int, total: int, epoch_ends: bool) -> dict[str, float]:
+    def _is_checkpoint(self, step: int) -> bool:
+        return step % self._per_epoch == 0 or bool(self._checkpoint_steps and step % self._checkpoint_steps == 0)
+
+    def _is_pause_asked(self) -> bool:
+        return self._job is not None and self._job.pause.exists()
+
+    def _validate(self, step: int) -> dict[str, float]:
         if self._validation is None:
             return {}
         found: dict[str, float] = {}
         size = min(self._check.batch_size, len(self._validation))
-        if epoch_ends or step % math.ceil(total / _VALIDATIONS_PER_JOB) == 0:
-            first = step * size
+        if self.is_listed or step % self._valid_every == 0:
+            first, began = step * size, time.monotonic()
             numbers = [(first + offset) % len(self._validation) for offset in range(size)]
             found |= self._measure("valid", numbers)
-        if epoch_ends:
+            self.forecast.validated(time.monotonic() - began, size / len(self._validation))
+        if self.is_listed:
+            began = time.monotonic()
             found |= self._measure("full_valid", list(range(len(self._validation))))
+            self.forecast.fully_validated(time.monotonic() - began)
+            if self._tracking is not None:
+                self._tracking.on_evaluation(step)
         return found
 
     def _measure(self, name: str, conversations: list[int]) -> dict[str, float]:
@@ -130,16 +186,12 @@ class Progress(TrainerCallback):
                 loss, correct, count = loss + float(found.loss), correct + found.correct, count + found.count
         return {f"{name}_loss": loss / max(1, count), f"{name}_mean_token_accuracy": correct / max(1, count)}
 
-    def _foresee(self, step: int, total: int) -> None:
+    def _foresee(self, step: int) -> None:
+        left_s = self.forecast.seconds_left(step)
         now = time.monotonic()
-        if len(self._step_s) < 2 or now - self._said < _PROGRESS_EVERY_S:
-            return
-        self._said = now
-        mean_step_s = sum(self._step_s) / len(self._step_s)
-        per_epoch = math.ceil(self._check.n_examples / self._check.batch_size)
-        checkpoints = math.ceil((total - step) / per_epoch)
-        left_s = (total - step) * mean_step_s + checkpoints * self._checkpoint_s + _FINISHING_S
-        self._events.write("progress", "", {"step": step, "estimated_finish": int(time.time() + left_s)})
+        if left_s is not None and now - self._foreseen_at >= _PROGRESS_EVERY_S:
+            self._foreseen_at = now
+            self._events.write("progress", "", {"step": step, "estimated_finish": math.ceil(time.time() + left_s)})
 
 
 def _sentence(metrics: dict[str, Any]) -> str:

@@ -7,7 +7,6 @@ between leaves nothing, or a folder that the next start sweeps.
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 import time
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from gateway.jobdir import BaseRef, FileRef, Hyperparameters, JobSpec
 from gateway.jobs.folder import TRAINING_FILE, VALIDATION_FILE, build_folder, remove_folder
 from gateway.jobs.options import Settled, settle
 from gateway.jobs.start import Start, find_start
+from gateway.jobs.tracking import Trackers
 from gateway.settings import JobSettings
 from gateway.store import files as file_statements
 from gateway.store import jobs as statements
@@ -49,6 +49,7 @@ class Creation:
     jobs_dir: Path
     settings: JobSettings
     catalog: Catalog
+    trackers: Trackers
 
     async def create(
         self, request: CreateJob, idempotency_key: str | None, project_id: str, max_active: int | None = None
@@ -85,6 +86,7 @@ class Creation:
             place: FileRef(file.id, file.filename, f"sha256:{file.digest}", place) for place, file in inputs.items()
         }
         bundle = bundle_for(base, job.rendering.get("chat_template_kwargs", {}))
+        trackers = self.trackers.of(job.integrations)
         spec = JobSpec(
             job_id=job.id,
             model=job.model,
@@ -93,7 +95,7 @@ class Creation:
             training_file=refs[TRAINING_FILE],
             validation_file=refs.get(VALIDATION_FILE),
             seed=job.seed,
-            threads=self.settings.threads or len(os.sched_getaffinity(0)),
+            threads=self.settings.trainer_threads,
             max_length=settled.max_length,
             template_digest=bundle.digest,
             method=job.method,
@@ -103,6 +105,8 @@ class Creation:
             turns=job.rendering.get("turns", "all"),
             starts_from=None if start is None else job.model,
             integrations=job.integrations,
+            trackers=trackers,
+            predictions=self.trackers.settings.predictions if trackers else 0,
         )
         linked = {place: self.blobs.path(file.digest) for place, file in inputs.items()}
         linked |= {} if start is None else start.files()

@@ -68,6 +68,8 @@ async def create_file(request: Request) -> Response:
         await remove_unreferenced(store, blobs, [blob.digest])
         raise
     blobs.release(blob)
+    if file.purpose == "fine-tune":
+        request.app.state.supervisor.foresee()
     return _json(wire.file_object(file))
 
 

@@ -66,6 +66,27 @@ def complete_file(path: Path) -> Iterator[Path]:
     os.replace(part, path)
 
 
+@contextmanager
+def workspace(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` to work in, gone afterwards; what a killed process left there goes first.
+
+    The block moves what it made to `out`, which is on the disk when this ends.
+    """
+    beside = out.parent / f"{_BESIDE}{out.name}"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        if out.is_dir():
+            _fsync_all(out)
+        else:
+            with out.open("rb") as file:
+                os.fsync(file.fileno())
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    fsync_folder(out.parent)
+
+
 def sweep(parent: Path) -> None:
     """Removes what a killed process left half-written under `parent`."""
     for beside in parent.glob(f"{_BESIDE}*"):
