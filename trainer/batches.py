@@ -176,7 +176,7 @@ class Batches(DataLoader[dict[str, torch.Tensor]]):
         self.order.set_epoch(epoch)
 
 
-def fitting_pass_size(batch_size: int, longest: int, token_budget: int = 16_384) -> int:
+def fitting_pass_size(batch_size: int, longest: int, token_budget: int) -> int:
     """How many conversations fit one pass: the largest divisor of `batch_size` that keeps to the budget of tokens.
 
     `longest` is what a conversation needs at the most, all its sequences padded alike.

@@ -53,6 +53,7 @@ class Run:
     validation: Examples | None
     objective: Objective
     arithmetic: Arithmetic = EXACT
+    pass_tokens: int = 16_384  # that may go through the model at once; a larger batch comes in passes
     ranks: Ranks = ALONE
 
     def load_served_base(self) -> PreTrainedModel:
@@ -116,7 +117,7 @@ class LoopTrainer(Trainer):
     def __init__(self, run: Run, witness: Witness, progress: Progress) -> None:
         self.run, self.witness, self.progress = run, witness, progress
         self.rank_size = math.ceil(run.check.batch_size / run.ranks.world)  # conversations of a batch for each rank
-        self.pass_size = fitting_pass_size(self.rank_size, _most_tokens(run.training))
+        self.pass_size = fitting_pass_size(self.rank_size, _most_tokens(run.training), run.pass_tokens)
         super().__init__(
             model=run.model,
             args=self._config(),
@@ -125,6 +126,8 @@ class LoopTrainer(Trainer):
             callbacks=[progress],
         )
         self.remove_callback(PrinterCallback)
+        if self.args.activation_checkpointing:  # else nothing that goes into a frozen layer asks for a gradient
+            run.model.enable_input_require_grads()
 
     def get_train_dataloader(self) -> Batches:
         run = self.run
@@ -201,8 +204,8 @@ class LoopTrainer(Trainer):
             use_cpu=not run.arithmetic.gpu,
             bf16=False,  # `compute_loss` opens the context itself: it calls parts of the model that accelerate does not wrap
             fp16=run.arithmetic.precision == "fp16",  # for its scaling of the loss
-            gradient_checkpointing=self._checkpoints_activations(),
-            gradient_checkpointing_kwargs={"use_reentrant": False},
+            activation_checkpointing=self._checkpoints_activations(),
+            activation_checkpointing_kwargs={"use_reentrant": False},
             seed=run.spec.seed,
             num_train_epochs=check.n_epochs,
             per_device_train_batch_size=self.pass_size,

@@ -16,12 +16,13 @@ from copy import copy
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel
 
 from gateway.chat.render import IGNORED
 from trainer.distributed import ALONE, Ranks
 from trainer.examples import Examples
+from trainer.model import load_adapter, wrap
 from trainer.scoring import evaluating, token_logprobs
 
 ITEMS, TOKENS = 6, 24
@@ -86,8 +87,9 @@ class Witness:
 def _moved(model: PeftModel, base: PreTrainedModel, tensors: dict[str, torch.Tensor] | None = None) -> PeftModel:
     """The same adapter on another base."""
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False) if tensors is None else tensors
-    tuned = get_peft_model(base, copy(model.peft_config["default"]))
-    set_peft_model_state_dict(tuned, tensors)
+    with torch.random.fork_rng(devices=[]):  # a fresh adapter draws from the numbers that dropout goes by
+        tuned = wrap(base, copy(model.peft_config["default"]))
+    load_adapter(tuned, tensors)
     return tuned
 
 
