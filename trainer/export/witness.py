@@ -86,9 +86,10 @@ class Witness:
 
 def _moved(model: PeftModel, base: PreTrainedModel, tensors: dict[str, torch.Tensor] | None = None) -> PeftModel:
     """The same adapter on another base."""
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False) if tensors is None else tensors
     with torch.random.fork_rng(devices=[]):  # a fresh adapter draws from the numbers that dropout goes by
         tuned = wrap(base, copy(model.peft_config["default"]))
-    load_adapter(tuned, get_peft_model_state_dict(model, save_embedding_layers=False) if tensors is None else tensors)
+    load_adapter(tuned, tensors)
     return tuned
 
 
