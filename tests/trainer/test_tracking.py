@@ -173,6 +173,7 @@ def test_a_job_that_goes_on_goes_on_in_the_same_run(tracked_job: JobDir, places:
     """The folder as after a kill at step 23 with a checkpoint at step 20: attempt 2 repeats what is behind it."""
     job = JobDir(shutil.copytree(tracked_job.path, tmp_path / "job"))
     shutil.rmtree(job.tracking)
+    (job.path / "result.json").unlink()
     job.write_spec(replace(job.read_spec(), job_id="ftjob-resumed"))
     lines = job.events_path(1).read_bytes().splitlines(keepends=True)
     steps = [json.loads(line)["data"].get("step", 0) for line in lines]
