@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +121,14 @@ def join(sharding: Sharding) -> Ranks:
     """This process among those that torchrun started. Waits for all of them."""
     gpu = torch.cuda.is_available()
     if gpu:
+        if (world := int(os.environ["WORLD_SIZE"])) > (gpus := torch.cuda.device_count()):
+            raise ValueError(f"{world} processes train this job, one for a GPU, but this machine has {gpus} GPU(s)")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     elif sharding.startswith("zero"):
         os.environ["DS_ACCELERATOR"] = "cpu"  # before it is imported, which looks for more
     if not distributed.is_initialized():
-        distributed.init_process_group("nccl" if gpu else "gloo")
+        timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+        distributed.init_process_group("nccl" if gpu else "gloo", timeout=timeout)
     return Ranks(distributed.get_rank(), distributed.get_world_size(), sharding)
 
 
@@ -155,8 +159,16 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def zero_config(stage: int) -> dict[str, Any]:
     """DeepSpeed's: the optimiser and gradients are split (2), and the parameters too (3). "auto" is what transformers says."""
-    config: dict[str, Any] = {
-        "zero_optimization": {"stage": stage, "contiguous_gradients": True, "overlap_comm": torch.cuda.is_available()},
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "contiguous_gradients": True,
+        "overlap_comm": torch.cuda.is_available(),
+        "reduce_bucket_size": "auto",
+    }
+    if stage == 3:
+        zero |= {"stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"}
+    return {
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # torch's AdamW
         "zero_force_ds_cpu_optimizer": False,  # nothing is offloaded
         "bf16": {"enabled": "auto"},
@@ -166,7 +178,6 @@ def zero_config(stage: int) -> dict[str, Any]:
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
     }
-    return config
 
 
 def _collective_device() -> torch.device:

@@ -175,9 +175,8 @@ class LoopTrainer(Trainer):
         run = self.run
         is_filler = inputs.pop(FILLER, None) is not None
         if run.ranks.world > 1:
-            inputs.pop(
-                "numbers", None
-            )  # what was computed once is known to one rank: all compute it, so all stay in step
+            # What was computed once is known to one rank: all compute it again, and so stay in step.
+            inputs.pop("numbers", None)
         with run.arithmetic.autocast():
             found: Score = run.ranks.inside(model, run.objective.score, run.model, inputs)
         if is_filler:

@@ -45,7 +45,7 @@ def load_base(base: BaseRef, arithmetic: Arithmetic = EXACT) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": arithmetic.base_dtype}
     if arithmetic.quantization != "none":
         options["quantization_config"] = _quantization(arithmetic)
-        options["device_map"] = {"": "cuda:0" if arithmetic.gpu else "cpu"}
+        options["device_map"] = {"": torch.cuda.current_device() if arithmetic.gpu else "cpu"}
     folder = Path(base.path)
     model = _load_hf(folder / base.hf, arithmetic, options) if base.hf else _load_gguf(base, arithmetic, options)
     for (
