@@ -226,7 +226,8 @@ class LoopTrainer(Trainer):
             return False
         tokens = self.pass_size * _most_tokens(self.run.training)
         share = self.run.check.n_trained_tokens / max(1, self.run.check.n_tokens)
-        config, free_bytes = self.run.model.config, torch.cuda.mem_get_info()[0]
+        config, model = self.run.model.config, self.run.model
+        free_bytes = torch.cuda.mem_get_info()[0] - sum(p.nbytes for p in model.parameters() if not p.is_cuda)
         needed = needs_checkpointing(config, tokens, math.ceil(share * tokens), free_bytes, self.run.arithmetic)
         return self.run.ranks.first_says(needed)
 
