@@ -246,6 +246,7 @@ class LoopTrainer(Trainer):
         with ranks.folder(job.checkpoints / f"step-{step}") as folder:
             self._save_optimizer_and_scheduler(str(folder))
             self._save_rng_state(str(folder))
+            self._save_scaler(str(folder))
             if ranks.is_first:
                 write_peft_files(folder, self.run.model, tensors)
                 self.state.save_to_json(str(folder / "trainer_state.json"))

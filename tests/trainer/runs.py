@@ -61,7 +61,7 @@ def train_in_process(folder: Path, base: BaseRef, examples: Examples, settings: 
     objective = make_objective(spec, check, examples)
     attempt = job.next_attempt()
     with EventLog(job.events_path(attempt)) as events:
-        progress = Progress(events, check, model, settings.validation, set(), objective)
+        progress = Progress(events, check, model, settings.validation, set(), objective, job, spec.options)
         run = loop.Run(job, spec, check, model, examples, settings.validation, objective, numbers, settings.pass_tokens)
         loop.train(run, progress)
     metrics = [event.data for event, _ in read_events(job.events_path(attempt)) if event.type == "metrics"]
