@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,11 +31,14 @@ from gateway.engines.residents import Resident, Residents
 from gateway.engines.routing_metrics import register_routing
 from gateway.errors import EngineUnavailable, SettingsError, TunegateError
 from gateway.evals.runner import EvalRunner
+from gateway.exports import Exports
 from gateway.fleet import Fleet
 from gateway.grading.graders import Graders
 from gateway.inference import Inference
 from gateway.jobs.imports import Imports
+from gateway.jobs.launcher import Launcher, child_environment
 from gateway.jobs.preview import Previews
+from gateway.jobs.standby import Standby
 from gateway.jobs.supervisor import Supervisor
 from gateway.keys import Keyring
 from gateway.metering import Meter
@@ -101,6 +105,8 @@ class House:
             lines_at_once=self.settings.limits.batch_lines,
             max_line_bytes=self.settings.limits.body_bytes,
         )
+        self.exports = Exports(self.store, self.blobs, self.data_dir.path / "exports")
+        await self.exports.open()
         await self.templates.open(self.store)
         self.supervisor = Supervisor(
             self.store,
@@ -109,6 +115,7 @@ class House:
             self.settings,
             self.catalog,
             self.engine,
+            Launcher(standby=self._standby(), tracking=self.settings.tracking),
             pools=self.residents.engines,
         )
         added = await asyncio.to_thread(added_names, self.data_dir.bases)
@@ -151,6 +158,7 @@ class House:
         await asyncio.gather(*starting, return_exceptions=True)
         await self.imports.stop()
         await self.batches.stop()
+        await self.exports.stop()
         await self.evals.stop()
         await self.responses.stop()
         await self.supervisor.stop()
@@ -204,6 +212,10 @@ class House:
         if self._starting:
             await asyncio.wait(self._starting.values())
         self._started.set()
+
+    def _standby(self) -> Standby:
+        jobs = self.settings.jobs
+        return Standby(jobs.standby, jobs.trainer_threads, self.data_dir.path, lambda: child_environment(os.environ))
 
     def _begin(self, name: str, settings: BaseSettings) -> None:
         self._starting[name] = asyncio.create_task(self._start_base(name, settings), name=f"start {name}")

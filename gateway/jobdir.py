@@ -6,13 +6,17 @@
     data/           pinned copies (hard links) of the input files
     template/       the template bundle that prompts are rendered through: template.json, tokenizer.json
     check.json      what `python -m trainer JOB_DIR --check` found: counts, resolved hyperparameters, or the error
+    examples/       the input files' conversations as token ids, written by the check (trainer/examples.py)
     attempts/N/events.jsonl     one file an attempt, one JSON object a line, keyed (attempt, seq)
+    attempts/N/predictions.jsonl    what the model said at each evaluation, for the trackers: `Prediction`, one a line
+    tracking/       how far each tracker was told, its errors, and what it keeps locally: `trainer/tracking`
     start/          where training goes on from: another adapter's adapter_model.safetensors and adapter_config.json
     checkpoints/step-N/         complete or absent: written beside, fsynced, renamed
     adapter/        what training made (see `ADAPTER_FILES`), also complete or absent
     result.json     written last: succeeded, or failed {code, message, param}
 
-`python -m trainer JOB_DIR` runs by hand with no gateway alive. The trainer never writes outside this folder.
+`python -m trainer JOB_DIR` runs by hand with no gateway alive. The trainer never writes outside this folder; what tells the
+trackers writes to the places that the settings name for them.
 """
 
 from __future__ import annotations
@@ -29,6 +33,13 @@ from typing import Any, Literal
 
 LOCKED_EXIT_CODE = 75  # EX_TEMPFAIL: another trainer holds the lock; nothing was done
 PAUSED_EXIT_CODE = 76  # `pause` was there: the trainer ended behind a checkpoint
+CHECK_RECORD = "check.process.json"  # which process checks the job's files, as the gateway started it
+# What a tracker may need of the environment that no log and no message may show.
+TRACKER_SECRETS: dict[str, tuple[str, ...]] = {
+    "wandb": ("WANDB_API_KEY",),
+    "mlflow": ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
+    "tensorboard": (),
+}
 ADAPTER_GGUF = "adapter.gguf"  # for a llama worker: an adapter of a base that vLLM serves has none
 ADAPTER_FILES = (
     "adapter_model.safetensors",
@@ -47,6 +58,7 @@ Precision = Literal["auto", "f32", "bf16", "fp16"]
 Quantization = Literal["none", "nf4", "int8"]
 Scheduler = Literal["cosine", "linear", "constant"]
 Sharding = Literal["none", "fsdp", "zero2", "zero3"]
+TrackerKind = Literal["wandb", "tensorboard", "mlflow"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,7 @@ class Lora:
     """`target_modules` is "all-linear", or the modules' last names with commas between them."""
 
     rank: int = 16
-    alpha: int = 32
+    alpha: int | float = 32  # the update is multiplied by alpha / rank, by alpha / sqrt(rank) with rsLoRA
     dropout: float = 0.0
     target_modules: str = "all-linear"
     use_rslora: bool = False
@@ -118,6 +130,21 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class Tracker:
+    """Where else a job's steps are told. The place is the operator's, never a client's; no field holds a secret."""
+
+    kind: TrackerKind
+    place: str = (
+        ""  # TensorBoard: a folder. MLflow: a tracking URI. W&B: a server's URL. "" is the tracker's own default
+    )
+    project: str = "tunegate"  # W&B's project, MLflow's experiment
+    name: str | None = None  # of the run; None: the job's id
+    entity: str | None = None  # W&B's user or team
+    tags: tuple[str, ...] = ()
+    offline: bool = False  # W&B: into files, for `wandb sync`
+
+
+@dataclass(frozen=True)
 class JobSpec:
     """job.json. `max_length` is the context in tokens; `threads` is fixed so that a run can be repeated bit for bit."""
 
@@ -139,6 +166,13 @@ class JobSpec:
     starts_from: str | None = None  # the tuned model or checkpoint whose adapter is in start/
     launch: Launch = field(default_factory=Launch)
     integrations: tuple[dict[str, Any], ...] = ()  # as the client sent them; never a secret
+    trackers: tuple[Tracker, ...] = ()  # those of the integrations and of the settings, one of a kind
+    predictions: int = 0  # how many validation prompts are answered at each evaluation, for the trackers
+
+    @property
+    def needs_keys(self) -> bool:
+        """Whether the trainer's environment must hold a tracker's key."""
+        return any(TRACKER_SECRETS[tracker.kind] for tracker in self.trackers)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -157,6 +191,7 @@ class JobSpec:
                 "options": Options(**raw.get("options", {})),
                 "launch": Launch(**raw.get("launch", {})),
                 "integrations": tuple(raw.get("integrations", ())),
+                "trackers": tuple(Tracker(**{**t, "tags": tuple(t["tags"])}) for t in raw.get("trackers", ())),
             }
         )
 
@@ -230,6 +265,16 @@ class Event:
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """One line of predictions.jsonl: a validation prompt, the reply in the file, and the model's own as it was at `step`."""
+
+    step: int
+    prompt: str
+    expected: str
+    predicted: str
+
+
+@dataclass(frozen=True)
 class Holder:
     """Who holds the lock: a pid that is only trusted together with the start time of its process."""
 
@@ -246,9 +291,11 @@ class JobDir:
         self.pause = self.path / "pause"
         self.data = self.path / "data"
         self.template = self.path / "template"
+        self.examples = self.path / "examples"
         self.start = self.path / "start"
         self.attempts = self.path / "attempts"
         self.checkpoints = self.path / "checkpoints"
+        self.tracking = self.path / "tracking"
         self.adapter = self.path / "adapter"
 
     # the gateway writes these
@@ -277,6 +324,9 @@ class JobDir:
 
     def events_path(self, attempt: int) -> Path:
         return self.attempts / str(attempt) / "events.jsonl"
+
+    def predictions_path(self, attempt: int) -> Path:
+        return self.attempts / str(attempt) / "predictions.jsonl"
 
     def next_attempt(self) -> int:
         """The number of the attempt that a trainer starting now should take: 1, 2, …"""

@@ -16,6 +16,7 @@ import msgspec
 
 from gateway.engine_settings import EngineSettings, check_engines, complete_engine
 from gateway.errors import SettingsError
+from gateway.tracking_settings import TrackingSettings, complete_tracking
 
 LLAMA_SEQS = 8
 DEMO_MODEL = "tunegate-demo"
@@ -25,7 +26,7 @@ CacheMiB = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
 AdapterCount = Annotated[int, msgspec.Meta(ge=1, le=4096)]
 
 
-LISTS = ("hosts", "ignored_fields")  # that only the file can hold
+LISTS = ("hosts", "ignored_fields", "every_job")  # that only the file can hold
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -75,8 +76,15 @@ class JobSettings(Section, frozen=True):
     parallel: int = 1  # trainers at once
     queued: int = 100  # jobs that may wait
     threads: int | None = None  # None: all processors
+    standby: Literal["auto", "always", "never"] = "auto"  # a trainer that is ready before there is a job
+    processes: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1  # that train one job together
+    sharding: Literal["none", "fsdp", "zero2", "zero3"] = "none"  # how they split the model between them
     hang_timeout_s: float = 1800.0
     share: Literal["beside", "wait", "sleep"] = "beside"  # what the engines do while a job trains on the same GPU
+
+    @property
+    def trainer_threads(self) -> int:
+        return self.threads or len(os.sched_getaffinity(0))
 
 
 class LimitSettings(Section, frozen=True):
@@ -111,6 +119,7 @@ class Settings(Section, frozen=True):
     engines: list[EngineSettings] = []
     jobs: JobSettings = JobSettings()
     limits: LimitSettings = LimitSettings()
+    tracking: TrackingSettings = TrackingSettings()
 
     @property
     def data_dir(self) -> Path:
@@ -148,8 +157,12 @@ def changed_names(before: Settings, after: Settings) -> list[str]:
 
 def _add_environment(raw: dict[str, Any], environ: Mapping[str, str]) -> None:
     """TUNEGATE_PORT=8001 sets `port`, TUNEGATE_JOBS_PARALLEL=2 sets `parallel` under [jobs]."""
-    tables: dict[str, type[Section]] = {"jobs": JobSettings, "limits": LimitSettings}
-    sections: dict[str, type[Section]] = {"": Settings, **tables}
+    tables: dict[str, type[msgspec.Struct]] = {
+        "jobs": JobSettings,
+        "limits": LimitSettings,
+        "tracking": TrackingSettings,
+    }
+    sections: dict[str, type[msgspec.Struct]] = {"": Settings, **tables}
     for section, struct in sections.items():
         for field in msgspec.structs.fields(struct):
             name = f"TUNEGATE_{section + '_' if section else ''}{field.name}".upper()
@@ -212,7 +225,10 @@ def _complete(settings: Settings, config: Path | None, environ: Mapping[str, str
             raise SettingsError(
                 f"ignored_fields names {name!r}; each is chat.FIELD, completions.FIELD, responses.FIELD or fine_tuning.FIELD"
             )
-    return msgspec.structs.replace(settings, bases=bases, data=data, templates=templates, engines=engines)
+    tracking = complete_tracking(settings.tracking, folder)
+    return msgspec.structs.replace(
+        settings, bases=bases, data=data, templates=templates, engines=engines, tracking=tracking
+    )
 
 
 def _complete_template(name: str, settings: TemplateSettings, folder: Path) -> TemplateSettings:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gateway.jobdir import Turns
 
 TIMEOUT_S = 120.0
+_JUDGED: Mapping[bool | None, str] = {True: " · desirable", False: " · undesirable"}
 _STYLES = {(True, False): "bold green", (True, True): "bold magenta", (False, False): "dim", (False, True): "magenta"}
 
 
@@ -81,16 +82,23 @@ def draw_preview(console: Console, preview: Mapping[str, Any]) -> None:
 
 def _draw_line(console: Console, line: Mapping[str, Any], brackets: bool) -> None:
     if problem := line.get("problem"):
-        where = f" ({problem['field']})" if problem.get("field") else ""
-        console.print(Text(f"line {line['line']}{where}: {_visible(problem['message'])}", "bold red"))
+        console.print(Text(f"{_place(line)}: {_visible(problem['message'])}", "bold red"))
         return
-    head = f"line {line['line']} · {_counted(line)}"
+    if line.get("dropped"):
+        console.print(Text(f"{_place(line)}: dropped, since human and model do not take turns in it", "yellow"))
+        return
+    head = f"{_place(line)} · {_counted(line)}" + _JUDGED.get(line.get("desirable"), "")
     console.print(Text(head, "bold"), Text(" · shortened to fit", "yellow") if line["truncated"] else "", sep="")
     for number, sequence in enumerate(line["sequences"], start=1):
         if len(line["sequences"]) > 1:
-            console.print(Text(f"  sequence {number} of {len(line['sequences'])} · {_counted(sequence)}", "cyan"))
+            part = sequence.get("part") or f"sequence {number} of {len(line['sequences'])}"
+            console.print(Text(f"  {part} · {_counted(sequence)}", "cyan"))
         console.print(_written(sequence["runs"], brackets), soft_wrap=True)
     console.print()
+
+
+def _place(line: Mapping[str, Any]) -> str:
+    return f"line {line['line']}" if line.get("item") is None else f"item {line['item']} (line {line['line']})"
 
 
 def _written(runs: Sequence[Mapping[str, Any]], brackets: bool) -> Text:
@@ -114,6 +122,10 @@ def _draw_summary(console: Console, preview: Mapping[str, Any]) -> None:
             f"template {template['id']}"
         )
     )
+    if summary["form"]:
+        counts = "".join(f"; {count} {remark}" for remark, count in sorted(summary["remarks"].items()))
+        dropped = f"; {summary['n_dropped']} dropped" if summary["n_dropped"] else ""
+        console.print(Text(f"{summary['form']}, for the method {' or '.join(summary['methods'])}{counts}{dropped}"))
     if not summary["complete"]:
         console.print(
             Text("the file is long: it was not read to its end, and the counts are of its first part", "yellow")

@@ -25,7 +25,8 @@ ARROWS: dict[str, set[str]] = {
     "gateway.vllm_plugin": LEAVES,
     "gateway.chat": LEAVES,
     "gateway.engine_settings": {"gateway.errors"},
-    "gateway.settings": {"gateway.engine_settings", "gateway.errors"},
+    "gateway.tracking_settings": {"gateway.errors"},
+    "gateway.settings": {"gateway.engine_settings", "gateway.errors", "gateway.tracking_settings"},
     "gateway.fleet": {
         "gateway.bases",
         "gateway.engine_settings",
@@ -46,7 +47,7 @@ ARROWS: dict[str, set[str]] = {
     "gateway.front": {"gateway.access", "gateway.errors", "gateway.keys", "gateway.logs", "gateway.routes"},
     "gateway.llama_worker": {"gateway", "gateway.errors"},
     "gateway.bases": {"gateway", "gateway.errors", "gateway.jobdir"},
-    "gateway.wire": {"gateway.chat", "gateway.errors"},
+    "gateway.wire": {"gateway.chat", "gateway.errors", "gateway.jobdir"},
     "gateway.store": {"gateway.access", "gateway.errors", "gateway.jobdir"},
     "gateway.engines": {
         "gateway",
@@ -115,6 +116,7 @@ ARROWS: dict[str, set[str]] = {
         "gateway.errors",
         "gateway.jobdir",
         "gateway.settings",
+        "gateway.tracking_settings",
     }
     | {"gateway.store", "gateway.chat"},
     "gateway.templates": {"gateway.chat", "gateway.engines", "gateway.errors", "gateway.settings", "gateway.store"}
@@ -127,6 +129,14 @@ ARROWS: dict[str, set[str]] = {
         "gateway.errors",
         "gateway.jobdir",
     },
+    "gateway.export_plan": {"gateway.errors"},
+    "gateway.exports": {
+        "gateway.access",
+        "gateway.errors",
+        "gateway.export_plan",
+        "gateway.jobs",
+        "gateway.store",
+    },
     "gateway.model_source": {"gateway.bases", "gateway.errors"},
     "gateway.models": {"gateway", "gateway.bases", "gateway.errors", "gateway.jobdir", "gateway.store"}
     | {"gateway.model_source"},
@@ -137,6 +147,7 @@ ARROWS: dict[str, set[str]] = {
         "gateway.openapi",
         "gateway.errors",
         "gateway.evals",
+        "gateway.export_plan",
         "gateway.grading",
         "gateway.generation",
         "gateway.inference",
@@ -152,10 +163,11 @@ ARROWS: dict[str, set[str]] = {
 }
 # Where every object is built and handed in: these may import any room of the gateway.
 BUILDERS = {"gateway", "gateway.app", "gateway.house", "gateway.__main__", "gateway.models_command"}
-BUILDERS |= {"gateway.keys_command", "gateway.usage_command"}
+BUILDERS |= {"gateway.export_command", "gateway.keys_command", "gateway.usage_command"}
 
 # What no process that serves requests may carry.
 HEAVY = {"torch", "vllm", "llama_cpp", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate"}
+HEAVY |= {"wandb", "tensorboard", "mlflow"}
 # Ways out of the process, which the pure rooms do not take.
 INPUT_OUTPUT = {
     "asyncio",

@@ -182,7 +182,7 @@ def test_in_colour_trained_text_stands_out_and_control_characters_of_the_file_st
         "template": {"id": "vicuna_v1.1"},
         "data": [{"line": 1, **counts, "sequences": [{"runs": runs, **counts}]}],
         "summary": counts
-        | {"n_examples": 1, "n_truncated": 0, "n_problems": 0, "complete": True, "error": None}
+        | {"form": None, "n_examples": 1, "n_truncated": 0, "n_problems": 0, "complete": True, "error": None}
         | {"total_steps": 1, "n_epochs": 1, "batch_size": 1},
     }
     screen = io.StringIO()

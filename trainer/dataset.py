@@ -1,103 +1,39 @@
-"""A pinned JSONL file → sequences of ids and labels through the one renderer; and what the file is found to be.
+"""The input files of a job → stored examples; and what the files are found to be.
 
-Place in the flow: conversations → **dataset** → loop. One rule: ids and labels come from `gateway.chat.render`, nothing here
-adds or takes away a token. No torch: the check runs without it.
+Place in the flow: rendering → **dataset** → examples. One rule: memory does not grow with a file. No torch: the check runs
+without it.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gateway.chat.bundle import Bundle
-from gateway.chat.conversation import RenderError
-from gateway.chat.render import IGNORED, TrainingSequence, render_example
-from gateway.jobdir import JobDir, TrainerError, Turns
-from trainer.conversations import BadExample, parse_example
-from trainer.jsonl import BadLine, read_jsonl
+from gateway.jobdir import FileRef, JobDir, JobSpec, TrainerError, Turns
+from trainer.examples import Examples, open_examples, write_examples
+from trainer.forms import Form, fitting_forms, form_of
+from trainer.jsonl import read_lines, split_file
+from trainer.lines import BadLine, Line, Raw
+from trainer.rendering import Renderer, Rendering
+from trainer.survey import Survey, render_chunk
+from trainer.workers import render_in_parallel
 
-MIN_EXAMPLES = 10
-_PROBLEMS_KEPT = 20
-_PROBLEMS_IN_MESSAGE = 3
-
-
-@dataclass
-class Examples:
-    """Conversations as flat arrays: sequence s is ids[starts[s]:starts[s + 1]], conversation c its sequences likewise."""
-
-    ids: array[int] = field(default_factory=lambda: array("i"))
-    trained: bytearray = field(default_factory=bytearray)  # 1 where the id is also the label
-    starts: array[int] = field(default_factory=lambda: array("q", [0]))
-    conversations: array[int] = field(default_factory=lambda: array("q", [0]))
-
-    def __len__(self) -> int:
-        """How many conversations there are."""
-        return len(self.conversations) - 1
-
-    def append(self, sequences: list[TrainingSequence]) -> None:
-        """Adds one conversation."""
-        for sequence in sequences:
-            self.ids.extend(sequence.ids)
-            self.trained.extend(label != IGNORED for label in sequence.labels)
-            self.starts.append(len(self.ids))
-        self.conversations.append(len(self.starts) - 1)
-
-    def sequences(self, conversation: int) -> list[TrainingSequence]:
-        """The sequences of one conversation, as they were rendered."""
-        found = []
-        for number in range(self.conversations[conversation], self.conversations[conversation + 1]):
-            span = slice(self.starts[number], self.starts[number + 1])
-            ids = self.ids[span].tolist()
-            labels = [i if trained else IGNORED for i, trained in zip(ids, self.trained[span], strict=True)]
-            found.append(TrainingSequence(ids, labels))
-        return found
-
-    def lengths(self) -> array[int]:
-        """The longest sequence of each conversation."""
-        return array(
-            "i",
-            (
-                max(self.starts[n + 1] - self.starts[n] for n in range(first, last))
-                for first, last in zip(self.conversations, self.conversations[1:], strict=False)
-            ),
-        )
+PARALLEL_FROM_BYTES = 4 << 20
+_FORMAT = 1  # of what is rendered: another number, and examples that were stored before are not used
+_CHUNK_BYTES, _CHUNK_LINES = 256 << 10, 512
 
 
-@dataclass
-class Survey:
-    """What reading one file found. Counts are of one epoch."""
+@dataclass(frozen=True)
+class Prepared:
+    """One file, read to its end and, without a problem, stored. `error` is set where its form is not the method's."""
 
-    n_examples: int = 0
-    n_tokens: int = 0
-    n_trained_tokens: int = 0
-    n_truncated: int = 0
-    n_problems: int = 0
-    problems: list[BadLine] = field(default_factory=list)  # the first ones
-
-    def add(self, sequences: list[TrainingSequence]) -> None:
-        self.n_examples += 1
-        self.n_tokens += sum(len(sequence.ids) for sequence in sequences)
-        self.n_trained_tokens += sum(len(s.labels) - s.labels.count(IGNORED) for s in sequences)
-        self.n_truncated += any(sequence.truncated for sequence in sequences)
-
-    def error(self, kind: str, min_examples: int) -> TrainerError | None:
-        """Why the file cannot be used, in OpenAI's codes; `kind` is "training" or "validation"."""
-        if self.problems:
-            shown = " · ".join(str(problem) for problem in self.problems[:_PROBLEMS_IN_MESSAGE])
-            more = self.n_problems - _PROBLEMS_IN_MESSAGE
-            rest = f" · and {more} more" if more > 0 else ""
-            message = f"The {kind} file has {self.n_problems} invalid example(s). {shown}{rest}"
-            return TrainerError(f"invalid_{kind}_file", message, f"{kind}_file")
-        if self.n_examples < min_examples:
-            message = (
-                f"{kind.capitalize()} file has {self.n_examples} example(s), "
-                f"but must have at least {min_examples} example{'s' if min_examples > 1 else ''}"
-            )
-            return TrainerError("invalid_n_examples", message, f"{kind}_file")
-        return None
+    survey: Survey
+    form: Form | None
+    error: TrainerError | None = None
 
 
 def read_bundle(job: JobDir) -> Bundle:
@@ -105,46 +41,95 @@ def read_bundle(job: JobDir) -> Bundle:
     return Bundle.from_files({path.name: path.read_bytes() for path in job.template.iterdir() if path.is_file()})
 
 
-def survey_file(path: Path, bundle: Bundle, max_length: int, turns: Turns = "all") -> Survey:
-    """Reads and renders every line, keeping only counts and the first problems: memory does not grow with the file."""
-    survey = Survey()
-    for found in render_file(path, bundle, max_length, turns):
-        if isinstance(found, BadLine):
-            survey.n_problems += 1
-            if len(survey.problems) < _PROBLEMS_KEPT:
-                survey.problems.append(found)
-        else:
-            survey.add(found)
-    return survey
+def prepare_examples(job: JobDir, spec: JobSpec) -> tuple[Prepared, Prepared | None]:
+    """Reads and renders every line of both files, and stores the examples of each that has no problem.
+
+    Raises OSError for a disk that is full.
+    """
+    rendering = Rendering(read_bundle(job), spec.max_length, spec.turns, spec.options.train_on, spec.method)
+    training = _prepare(job, spec, spec.training_file, "training", rendering)
+    if spec.validation_file is None:
+        return training, None
+    return training, _prepare(job, spec, spec.validation_file, "validation", rendering)
+
+
+def stored_examples(job: JobDir, spec: JobSpec) -> tuple[Examples, Examples | None]:
+    """What `prepare_examples` wrote for this very spec: training and validation. Raises StaleExamples."""
+    training = open_examples(job.examples / "training", _identity(spec, spec.training_file))
+    if spec.validation_file is None:
+        return training, None
+    return training, open_examples(job.examples / "validation", _identity(spec, spec.validation_file))
 
 
 def load_examples(path: Path, bundle: Bundle, max_length: int, turns: Turns = "all") -> Examples:
-    """All conversations of a file that was surveyed without a problem."""
-    examples = Examples()
-    for found in render_file(path, bundle, max_length, turns):
-        if isinstance(found, BadLine):
-            raise ValueError(f"{path.name} passed its check but now {found}")
-        examples.append(found)
+    """All conversations of a file that has no problem, in memory."""
+    renderer = Renderer(Rendering(bundle, max_length, turns), file_form(path))
+    survey, examples = render_chunk(renderer, list(split_file(path)))
+    if survey.problems:
+        raise ValueError(str(survey.problems[0]))
     return examples
 
 
-def render_file(
-    path: Path, bundle: Bundle, max_length: int, turns: Turns = "all"
-) -> Iterator[list[TrainingSequence] | BadLine]:
-    """Each line's sequences, or what is wrong with the line."""
-    for line in read_jsonl(path):
-        yield render_line(line, bundle, max_length, turns)
+def file_form(path: Path) -> Form | None:
+    """The form that the first line with a known one tells."""
+    forms = (form_of(line.value) for line in read_lines(path) if isinstance(line, Line))
+    return next((form for form in forms if form is not None), None)
 
 
-def render_line(
-    line: tuple[int, Any] | BadLine, bundle: Bundle, max_length: int, turns: Turns = "all"
-) -> list[TrainingSequence] | BadLine:
-    """A line as it was read → its sequences, or what is wrong with it."""
-    if isinstance(line, BadLine):
-        return line
-    number, value = line
+def _prepare(job: JobDir, spec: JobSpec, file: FileRef, kind: str, rendering: Rendering) -> Prepared:
+    path = job.path / file.path
+    form = file_form(path)
+    if form is not None and spec.method not in form.methods:
+        return Prepared(Survey(), form, _unfitting(spec, form, kind))
+    survey = Survey()
     try:
-        example = parse_example(value)
-        return render_example(bundle, example.messages, max_length, example.tools or None, turns=turns)
-    except (BadExample, RenderError) as error:
-        return BadLine(number, str(error))
+        with write_examples(job.examples / kind, _identity(spec, file)) as writer:
+            for found, examples in _rendered(path, rendering, form, spec.threads):
+                survey.merge(found)
+                if not survey.n_problems:
+                    writer.extend(examples)
+            if survey.n_problems:
+                raise _Unusable
+    except _Unusable:
+        pass
+    return Prepared(survey, form)
+
+
+class _Unusable(Exception):
+    """Ends the writing of examples that nobody may train on."""
+
+
+def _rendered(path: Path, rendering: Rendering, form: Form | None, threads: int) -> Iterator[tuple[Survey, Examples]]:
+    """The file chunk by chunk; a large one on several processes, since rendering holds the interpreter."""
+    chunks = _chunks(split_file(path))
+    if threads > 1 and path.stat().st_size >= PARALLEL_FROM_BYTES:
+        return render_in_parallel(rendering, form, chunks, threads)
+    renderer = Renderer(rendering, form)
+    return (render_chunk(renderer, chunk) for chunk in chunks)
+
+
+def _chunks(raws: Iterable[Raw | BadLine]) -> Iterator[list[Raw | BadLine]]:
+    chunk: list[Raw | BadLine] = []
+    size = 0
+    for raw in raws:
+        chunk.append(raw)
+        size += len(raw.content) if isinstance(raw, Raw) else 0
+        if size >= _CHUNK_BYTES or len(chunk) >= _CHUNK_LINES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _unfitting(spec: JobSpec, form: Form, kind: str) -> TrainerError:
+    message = (
+        f"The {kind} file is in {form.name} ({form.keys}), which the method{'s' if len(form.methods) > 1 else ''} "
+        f"{', '.join(form.methods)} can train on. The method '{spec.method}' needs {fitting_forms(spec.method)}"
+    )
+    return TrainerError(f"invalid_{kind}_file", message, f"{kind}_file")
+
+
+def _identity(spec: JobSpec, file: FileRef) -> str:
+    """Names all that a file's ids and labels follow from."""
+    options = [spec.max_length, spec.turns, spec.method, spec.options.train_on]
+    return hashlib.sha256(json.dumps([_FORMAT, file.digest, spec.template_digest, *options]).encode()).hexdigest()

@@ -21,6 +21,7 @@ class EventLog:
     """The events of one attempt. Flushed with each event; on the disk after `sync`."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         self._seq = 0
@@ -49,6 +50,22 @@ class EventLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.close(self._fd)
+
+
+class Silence(EventLog):
+    """The events of a process that another one speaks for."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 def told_checkpoints(job: JobDir) -> set[int]:

@@ -1,42 +1,44 @@
-"""The training loop of every method: steps, checkpoints and resuming, through TRL's trainer.
+"""The training loop of every method: steps, checkpoints and resuming, through transformers' trainer.
 
 Place in the flow: dataset, model, an objective → **loop** → events, checkpoints, the trained model. One rule: a run that was
 killed and resumed ends in the same bytes as one that was not; so everything that a step depends on is in the checkpoint or
 follows from the seed and the step's number.
 
-TRL prepares no data here (`skip_prepare_dataset`), pads nothing and computes no loss: `batches` and the objective do.
+Not through TRL's subclasses of it: `batches` pads and the objective computes the loss, which leaves them nothing to do but to
+be imported for a second and to round a quantised base's adapter to bfloat16. The tests hold our losses to theirs.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from datasets import Dataset
-from peft import PeftModel, set_peft_model_state_dict
-from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerFast
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from trl import SFTConfig, SFTTrainer
 
-from gateway.chat.bundle import TOKENIZER_FILE
 from gateway.jobdir import Check, JobDir, JobSpec, write_json
-from trainer.batches import Batches, fitting_pass_size
+from trainer.arithmetic import EXACT, Arithmetic, needs_checkpointing
+from trainer.batches import FILLER, Batches, fitting_pass_size
 from trainer.checkpoints import drop_old, newest_checkpoint, open_checkpoints, served_checkpoints, step_of
-from trainer.dataset import Examples
+from trainer.distributed import ALONE, Ranks, route, shard_on_cpu
+from trainer.examples import Examples
 from trainer.export.adapter import write_adapter, write_peft_files
-from trainer.export.folder import complete_folder
 from trainer.export.witness import Witness
-from trainer.model import base_learning_rate
+from trainer.model import base_learning_rate, load_adapter, load_base
 from trainer.progress import Progress
-from trainer.scoring import Objective
+from trainer.scoring import Objective, Score
 from trainer.stopping import Paused
 
-_WARMUP_SHARE = 0.05
+_OBJECTIVE_FILE = "objective.safetensors"
+_SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 @dataclass(frozen=True)
@@ -50,57 +52,114 @@ class Run:
     training: Examples
     validation: Examples | None
     objective: Objective
+    arithmetic: Arithmetic = EXACT
+    pass_tokens: int = 16_384  # that may go through the model at once; a larger batch comes in passes
+    ranks: Ranks = ALONE
+
+    def load_served_base(self) -> PreTrainedModel:
+        """The base anew, with the very weights that the engine has."""
+        return load_base(self.spec.base)
 
 
-def train(run: Run, progress: Progress) -> Trained:
-    """Trains `run.model` to its end, from the newest checkpoint if there is one. Raises InvalidLoss, Diverged, Paused."""
+def train(run: Run, progress: Progress) -> Path:
+    """Trains `run.model` to its end, from the newest checkpoint if there is one. Raises InvalidLoss, Diverged, Paused.
+
+    Gives the adapter folder of the checkpoint that is the result: the last, or the best where early stopping was asked for.
+    """
     open_checkpoints(run.job)
+    if run.ranks.world > 1:
+        route(run.model)
     began = time.monotonic()
-    witness = Witness(
-        run.validation or run.training, run.model, run.spec.max_length
-    )  # before the first step: the base's view of it
+    witness = Witness(  # before the first step: the base's view of it
+        run.validation or run.training,
+        run.model,
+        run.spec.max_length,
+        None if run.arithmetic.base_is_exact else run.load_served_base,
+        run.ranks,
+    )
     progress.forecast.saved(time.monotonic() - began)
     trainer = LoopTrainer(run, witness, progress)
     newest = newest_checkpoint(run.job)
     if newest is not None:
         progress.resumed(step_of(newest), newest)
+        load_adapter(run.model, load_file(newest / "adapter_model.safetensors"))
+        for name, tensor in load_file(newest / _OBJECTIVE_FILE).items():
+            run.objective.state[name].copy_(tensor)
     if not progress.stopping.is_over:  # else killed behind its last checkpoint
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     if progress.paused:
         raise Paused(progress.metrics["step"])
-    best = None
-    if progress.stopping.patience is not None:
-        progress.tell_best()
-        best = served_checkpoints(run.job) / f"step-{progress.stopping.best_step}"
-    return Trained(witness, best)
+    if progress.stopping.patience is None:
+        return served_checkpoints(run.job) / f"step-{progress.metrics['step']}"
+    progress.tell_best()
+    return served_checkpoints(run.job) / f"step-{progress.stopping.best_step}"
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What a run came to: the model as it is now, or the adapter of an earlier, better checkpoint."""
+def save_adapter(run: Run, witness: Witness, path: Path) -> None:
+    """Writes the adapter as it is now: all ranks score the witness and gather the tensors, the first one writes."""
+    tensors = run.ranks.adapter(run.model)
+    scored = witness.score(run.model, tensors)
+    if run.ranks.is_first:
+        write_adapter(path, run.model, run.job, run.spec, scored, tensors)
 
-    witness: Witness
-    best: Path | None
 
+class LoopTrainer(Trainer):
+    """transformers' trainer with our batches, our loss and our checkpoints."""
 
-class LoopTrainer(SFTTrainer):
-    """TRL's trainer with our batches, our loss and our checkpoints."""
+    loss_is_scaled_for_ga = True  # the loss of a pass is its share of the batch's
 
     def __init__(self, run: Run, witness: Witness, progress: Progress) -> None:
         self.run, self.witness, self.progress = run, witness, progress
-        self.pass_size = fitting_pass_size(run.check.batch_size, max(run.training.lengths()))
+        self.rank_size = math.ceil(run.check.batch_size / run.ranks.world)  # conversations of a batch for each rank
+        self.pass_size = fitting_pass_size(self.rank_size, _most_tokens(run.training), run.pass_tokens)
         super().__init__(
             model=run.model,
             args=self._config(),
-            train_dataset=Dataset.from_dict({"conversation": [0]}),  # TRL asks for one; `get_train_dataloader` has ours
-            processing_class=PreTrainedTokenizerFast(tokenizer_file=str(run.job.template / TOKENIZER_FILE)),
+            train_dataset=range(len(run.training)),  # asked for; `get_train_dataloader` has the real one
             data_collator=lambda rows: rows,
             callbacks=[progress],
         )
         self.remove_callback(PrinterCallback)
+        if self.args.activation_checkpointing:  # else nothing that goes into a frozen layer asks for a gradient
+            run.model.enable_input_require_grads()
 
     def get_train_dataloader(self) -> Batches:
-        return Batches(self.run.training, self.run.check.batch_size, self.pass_size, self.run.spec.seed)
+        run = self.run
+        width = None
+        if run.arithmetic.flash_attention:  # it tells packed sequences apart in a single row only
+            width = self.pass_size * _most_tokens(run.training)
+        return Batches(
+            run.training,
+            run.check.batch_size,
+            self.pass_size,
+            run.spec.seed,
+            packed=run.spec.options.packing,
+            width=width,
+            rank=run.ranks.rank,
+            world=run.ranks.world,
+        )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp_plugin_args is not None and self.args.use_cpu:
+            shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, torch.Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor | int | None]:
+        """The passes of a batch, and what its objective counts in all of them."""
+        passes, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if passes:
+            with self.run.arithmetic.autocast():
+                self.run.objective.begin_batch(self.run.model, passes)
+        return passes, count
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device
+    ) -> torch.Tensor | int | None:
+        counts = [self.run.objective.count(inputs) for inputs in batch_samples if FILLER not in inputs]
+        return torch.tensor(self.run.ranks.total(sum(counts))[0], device=device)
 
     def compute_loss(
         self,
@@ -109,37 +168,47 @@ class LoopTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Summed over the trained tokens of this pass, divided by those of the whole batch."""
-        found = self.run.objective.score(self.run.model, inputs)
+        """Summed over what the objective counts in this pass, divided by what it counts in the whole batch.
+
+        Times the ranks, since their gradients are averaged.
+        """
+        run = self.run
+        is_filler = inputs.pop(FILLER, None) is not None
+        if run.ranks.world > 1:
+            # What was computed once is known to one rank: all compute it again, and so stay in step.
+            inputs.pop("numbers", None)
+        with run.arithmetic.autocast():
+            found: Score = run.ranks.inside(model, run.objective.score, run.model, inputs)
+        if is_filler:
+            found = Score(found.loss * 0.0, 0, 0, dict.fromkeys(found.extras, 0.0))
         self.progress.tally(found)
-        assert num_items_in_batch is not None, "the loss is normalised by the trained tokens of the whole batch"
-        return found.loss / max(1, int(num_items_in_batch))
+        assert num_items_in_batch is not None, "the loss is normalised by what is counted in the whole batch"
+        return found.loss / max(1, int(num_items_in_batch)) * run.ranks.world
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Nobody asks, and counting costs a walk over all parameters each step."""
         return 0
 
-    def _config(self) -> SFTConfig:
-        check, spec = self.run.check, self.run.spec
-        gpu = torch.cuda.is_available()
-        return SFTConfig(
-            output_dir=str(self.run.job.checkpoints),
-            use_cpu=not gpu,
-            bf16=False,
-            fp16=False,
-            gradient_checkpointing=False,
-            seed=spec.seed,
+    def _config(self) -> TrainingArguments:
+        run, check, options = self.run, self.run.check, self.run.spec.options
+        rate = base_learning_rate(run.model.config.hidden_size, run.spec.method)
+        return TrainingArguments(
+            output_dir=str(run.job.checkpoints),
+            use_cpu=not run.arithmetic.gpu,
+            bf16=False,  # `compute_loss` opens the context itself: it calls parts of the model that accelerate does not wrap
+            fp16=run.arithmetic.precision == "fp16",  # for its scaling of the loss
+            activation_checkpointing=self._checkpoints_activations(),
+            activation_checkpointing_kwargs={"use_reentrant": False},
+            seed=run.spec.seed,
             num_train_epochs=check.n_epochs,
             per_device_train_batch_size=self.pass_size,
-            gradient_accumulation_steps=check.batch_size // self.pass_size,
-            learning_rate=check.learning_rate_multiplier * base_learning_rate(self.run.model.config.hidden_size),
-            lr_scheduler_type="cosine",
-            warmup_steps=math.ceil(_WARMUP_SHARE * check.total_steps),
-            weight_decay=0.0,
+            gradient_accumulation_steps=self.rank_size // self.pass_size,
+            learning_rate=check.learning_rate_multiplier * rate,
+            lr_scheduler_type=_SCHEDULERS[options.scheduler],
+            warmup_steps=math.ceil(options.warmup_ratio * check.total_steps),
+            weight_decay=options.weight_decay,
             max_grad_norm=1.0,
             optim="adamw_torch_fused",
-            max_length=None,
-            dataset_kwargs={"skip_prepare_dataset": True},
             remove_unused_columns=False,
             dataloader_pin_memory=False,
             logging_strategy="no",
@@ -148,7 +217,18 @@ class LoopTrainer(SFTTrainer):
             eval_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            **run.ranks.arguments(),
         )
+
+    def _checkpoints_activations(self) -> bool:
+        """On a GPU where they would not fit; a CPU has its swap, and time is what it lacks."""
+        if not self.run.arithmetic.gpu:
+            return False
+        tokens = self.pass_size * _most_tokens(self.run.training)
+        share = self.run.check.n_trained_tokens / max(1, self.run.check.n_tokens)
+        config, free_bytes = self.run.model.config, torch.cuda.mem_get_info()[0]
+        needed = needs_checkpointing(config, tokens, math.ceil(share * tokens), free_bytes, self.run.arithmetic)
+        return self.run.ranks.first_says(needed)
 
     def _clip_grad_norm(self, model: PeftModel) -> torch.Tensor | float | None:
         norm: torch.Tensor | float | None = super()._clip_grad_norm(model)
@@ -159,20 +239,27 @@ class LoopTrainer(SFTTrainer):
     def _save_checkpoint(self, model: PeftModel, trial: Any) -> None:
         """The servable adapter first, then what resuming needs, then the event: each implies the one before."""
         step = self.state.global_step
-        job = self.run.job
+        job, ranks = self.run.job, self.run.ranks
         if self.progress.is_listed:  # one that is only for a pause is nobody's model
-            adapter = served_checkpoints(job) / f"step-{step}"
-            write_adapter(adapter, self.run.model, job, self.run.spec, self.witness.score(self.run.model))
-        with complete_folder(job.checkpoints / f"step-{step}") as folder:
-            write_peft_files(folder, self.run.model)
+            save_adapter(self.run, self.witness, served_checkpoints(job) / f"step-{step}")
+        tensors = ranks.adapter(self.run.model)
+        with ranks.folder(job.checkpoints / f"step-{step}") as folder:
             self._save_optimizer_and_scheduler(str(folder))
             self._save_rng_state(str(folder))
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-            write_json(folder / "progress.json", self.progress.state())
+            if ranks.is_first:
+                write_peft_files(folder, self.run.model, tensors)
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+                save_file(self.run.objective.state, folder / _OBJECTIVE_FILE)
+                write_json(folder / "progress.json", self.progress.state())
         self.progress.checkpoint_written()
-        stopping = self.progress.stopping
-        drop_old(job, None if stopping.patience is None else stopping.best_step)
+        if ranks.is_first:
+            stopping = self.progress.stopping
+            drop_old(job, None if stopping.patience is None else stopping.best_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PeftModel | None = None) -> None:
-        tensors = load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors")
-        set_peft_model_state_dict(self.run.model, tensors)
+        """Done before the model was wrapped: see `train`."""
+
+
+def _most_tokens(examples: Examples) -> int:
+    """What the largest conversation needs, all its sequences padded alike."""
+    return int((np.diff(examples.conversations) * np.asarray(examples.lengths())).max())

@@ -1,8 +1,12 @@
 """What a file trains, line by line: `python -m trainer.preview --bundle DIR --file FILE --max-length N [--limit N]`.
 
     {"line": 1, "n_tokens", "n_trained_tokens", "truncated", "sequences": [{"runs": [{"text", "trained", …}], …}]}
-    {"line": 2, "problem": {"message", "field"}}
-    {"summary": {…}}
+    {"line": 2, …, "sequences": [{"part": "chosen", …}, {"part": "rejected", …}]}
+    {"line": 3, "problem": {"message", "field"}}
+    {"summary": {"form", "method", …}}
+
+A line of a JSON list has an "item" beside the line that it begins on; one that is split is shown once for each piece, one
+that is dropped as {"line": 4, "dropped": true}.
 
 Place in the flow: before a job, by hand or from the gateway. One rule: the very reading, checking and rendering that a job
 does; only the first `limit` lines are shown, but all are counted, until the time is up. No torch.
@@ -13,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import sys
 import time
 from collections.abc import Iterator, Set
@@ -25,13 +28,16 @@ from typing import Any
 from gateway.chat.bundle import TEMPLATE_FILE, TOKENIZER_FILE, Bundle
 from gateway.chat.render import IGNORED, TrainingSequence
 from gateway.chat.tokenizer import Tokenizer
-from gateway.jobdir import Hyperparameters, Turns
-from trainer.check import resolve
-from trainer.dataset import MIN_EXAMPLES, Survey, render_line
-from trainer.jsonl import BadLine, read_jsonl
+from gateway.jobdir import Hyperparameters
+from trainer.auto import resolve
+from trainer.dataset import file_form
+from trainer.forms import Form
+from trainer.jsonl import read_lines
+from trainer.lines import BadLine, Line
+from trainer.rendering import Conversation, Renderer, Rendering
+from trainer.survey import MIN_EXAMPLES, Survey
 
 PROBLEMS_SHOWN = 200
-_FIELDS = ("role", "content", "weight", "tool_calls", "tool_call_id", "function_call", "tools", "functions", "messages")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,47 +48,39 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, default=20, help="lines to show; the others are only counted")
     parser.add_argument("--timeout-s", type=float, default=math.inf, help="when to stop reading")
     parser.add_argument("--turns", choices=("all", "last"), default="all", help="which of the assistant's are learnt")
+    parser.add_argument("--train-on", choices=("assistant", "all"), default="assistant", help="all: the prompts, too")
     options = parser.parse_args(arguments)
     bundle = Bundle.from_files({name: (options.bundle / name).read_bytes() for name in (TEMPLATE_FILE, TOKENIZER_FILE)})
-    for found in preview(options.file, bundle, options.max_length, options.limit, options.timeout_s, options.turns):
+    how = Rendering(bundle, options.max_length, options.turns, options.train_on)
+    for found in preview(options.file, how, options.limit, options.timeout_s):
         print(json.dumps(found), flush=True)
     return 0
 
 
-def preview(
-    file: Path, bundle: Bundle, max_length: int, limit: int, timeout_s: float = math.inf, turns: Turns = "all"
-) -> Iterator[dict[str, Any]]:
-    """The first lines and every problem (up to a bound) as dicts, then the summary."""
+def preview(file: Path, how: Rendering, limit: int, timeout_s: float = math.inf) -> Iterator[dict[str, Any]]:
+    """The first lines and every problem (up to a bound) as dicts, then the summary. The file's form tells the method."""
     deadline = time.monotonic() + timeout_s
-    survey, shown, complete = Survey(), 0, True
-    for line in read_jsonl(file):
+    form = file_form(file)
+    renderer, survey, shown, complete = Renderer(how, form), Survey(), 0, True
+    for line in read_lines(file):
         if time.monotonic() > deadline:
             complete = False
             break
-        found = render_line(line, bundle, max_length, turns)
-        if isinstance(found, BadLine):
-            survey.n_problems += 1
-            if survey.n_problems <= PROBLEMS_SHOWN:
-                yield {"line": found.number, "problem": {"message": found.reason, "field": _field(found.reason)}}
-            continue
+        found = renderer.render(line)
         survey.add(found)
-        if shown < limit and not isinstance(line, BadLine):
+        place: dict[str, Any] = {"line": line.number} | ({} if line.item is None else {"item": line.item})
+        if isinstance(found, BadLine):
+            if survey.n_problems <= PROBLEMS_SHOWN:
+                yield place | {"problem": {"message": found.said, "field": found.field}}
+        elif shown < limit and isinstance(line, Line):
             shown += 1
-            yield {"line": line[0], **_example(found, bundle)}
-    yield {"summary": _summary(survey, max_length, complete)}
+            yield from (place | _conversation(one, how.bundle, form) for one in found)
+            if not found:
+                yield place | {"dropped": True}
+    yield {"summary": _summary(survey, how.max_length, form, complete)}
 
 
-def _field(reason: str) -> str | None:
-    """Where in the line the problem is, as a path: its messages are counted from 1 in what is said, from 0 in a path."""
-    field = next((name for name in _FIELDS if re.search(rf"\b{name}\b", reason)), None)
-    if found := re.match(r"message (\d+)\b", reason):
-        return f"messages[{int(found[1]) - 1}]" + (f".{field}" if field and field != "messages" else "")
-    if found := re.match(r"messages\[(\d+)\]", reason):
-        return found[0]
-    return field
-
-
-def _example(sequences: list[TrainingSequence], bundle: Bundle) -> dict[str, Any]:
+def _conversation(found: Conversation, bundle: Bundle, form: Form | None) -> dict[str, Any]:
     tokenizer = bundle.tokenizer
     controls = {tokenizer.added_ids[name] for name in bundle.controls.names}
     shown = [
@@ -92,12 +90,18 @@ def _example(sequences: list[TrainingSequence], bundle: Bundle) -> dict[str, Any
             "truncated": sequence.truncated,
             "runs": _runs(sequence, tokenizer, controls),
         }
-        for sequence in sequences
+        for sequence in found.sequences
     ]
+    judged: dict[str, Any] = {}
+    if form is not None and form.methods == ("kto",):
+        judged["desirable"] = found.desirable
+    elif form is not None and "kto" in form.methods:
+        shown = [{"part": part, **sequence} for part, sequence in zip(("chosen", "rejected"), shown, strict=True)]
     return {
-        "n_tokens": sum(sequence["n_tokens"] for sequence in shown),
-        "n_trained_tokens": sum(sequence["n_trained_tokens"] for sequence in shown),
-        "truncated": any(sequence["truncated"] for sequence in shown),
+        "n_tokens": sum(len(sequence.ids) for sequence in found.sequences),
+        "n_trained_tokens": sum(map(_n_trained, found.sequences)),
+        "truncated": any(sequence.truncated for sequence in found.sequences),
+        **judged,
         "sequences": shown,
     }
 
@@ -118,18 +122,23 @@ def _n_trained(sequence: TrainingSequence) -> int:
     return len(sequence.labels) - sequence.labels.count(IGNORED)
 
 
-def _summary(survey: Survey, max_length: int, complete: bool) -> dict[str, Any]:
+def _summary(survey: Survey, max_length: int, form: Form | None, complete: bool) -> dict[str, Any]:
     """Counts, and what a job with every hyperparameter "auto" would do with the file."""
     counts = {name: value for name, value in asdict(survey).items() if name.startswith("n_")}
     error = None if survey.n_problems else survey.error("training", MIN_EXAMPLES)
-    n_epochs, batch_size, _ = resolve(Hyperparameters(), survey.n_examples)
+    method = form.methods[0] if form else "supervised"
+    chosen = resolve(Hyperparameters(), survey.n_examples, method)
     return counts | {
+        "form": f"{form.name} ({form.keys})" if form else None,
+        "method": method,
+        "methods": list(form.methods) if form else [],
+        "remarks": dict(survey.remarks),
         "complete": complete,
         "max_length": max_length,
         "error": error.message if error else None,
-        "n_epochs": n_epochs,
-        "batch_size": batch_size,
-        "total_steps": n_epochs * math.ceil(survey.n_examples / batch_size),
+        "n_epochs": chosen.n_epochs,
+        "batch_size": chosen.batch_size,
+        "total_steps": chosen.total_steps(survey.n_examples),
     }
 
 

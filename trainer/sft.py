@@ -8,11 +8,15 @@ from __future__ import annotations
 import torch
 from peft import PeftModel
 
-from trainer.scoring import Score, score
+from gateway.chat.render import IGNORED
+from trainer.scoring import Objective, Score, score
 
 
-class Supervised:
-    """Summed over the trained tokens of a pass."""
+class Supervised(Objective):
+    """Counts trained tokens."""
 
     def score(self, model: PeftModel, inputs: dict[str, torch.Tensor]) -> Score:
-        return score(model, inputs["input_ids"], inputs["labels"])
+        return score(model, inputs)
+
+    def count(self, inputs: dict[str, torch.Tensor]) -> int:
+        return int((inputs["labels"][:, 1:] != IGNORED).sum())

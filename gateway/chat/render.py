@@ -19,6 +19,9 @@ from gateway.chat.speech import offered
 
 IGNORED = -100
 QUICK_CHARACTERS = 4000  # what can be rendered and tokenised within about a millisecond
+_LONG_TURN = (
+    200  # characters from which a turn to learn goes on from its prompt's ids: the prompt was written just before
+)
 _MESSAGE_WEIGHT = 20  # characters that a message counts for besides its own
 
 
@@ -80,26 +83,67 @@ def render_example(
     tools: Tools | None = None,
     options: Options | None = None,
     turns: Literal["all", "last"] = "all",
+    train_on: Literal["assistant", "all"] = "assistant",
 ) -> list[TrainingSequence]:
     """Training sequences of one conversation, at least one. Turns whose prompts go on from one another share one.
 
-    `turns` "last" learns the last of the assistant's turns that may be learnt, "all" each of them. Too long a conversation
-    loses its oldest turns, turn by turn; a single turn that is too long by itself loses the start of its prompt, then the
-    end of its reply. Raises RenderError when no assistant turn is to be trained.
+    `turns` "last" learns the last of the assistant's turns that may be learnt, "all" each of them; `train_on` "all" learns
+    the prompts too. Too long a conversation loses its oldest turns, turn by turn; a single turn that is too long by itself
+    loses the start of its prompt, then the end of its reply. Raises RenderError when no assistant turn is to be trained.
     """
     learnt = [number for number, message in enumerate(messages) if message.role == "assistant" and message.weight != 0]
     if not learnt:
         raise RenderError("there is no assistant message to learn from (or all have weight 0)")
     if turns == "last":
         learnt = learnt[-1:]
-    writer = _Writer(bundle, tools, options)
-    sequences = _shared_sequences(writer, messages[: learnt[-1] + 1], frozenset(learnt))
-    if all(len(sequence.ids) <= max_length for sequence in sequences):
+    writer = _Writer(bundle, tools, options, learns_prompts=train_on == "all")
+    sequences = _shared_sequences(writer, messages[: learnt[-1] + 1], frozenset(learnt), max_length)
+    if sequences is not None:
         return sequences
-    return [_fitted_turn(writer, messages, turn, max_length) for turn in learnt]
+    fitted, first = [], 0
+    for turn in learnt:  # what had to go for one turn is too much for those after it
+        (sequence,), first = _fitted(writer, messages[:turn], messages[turn : turn + 1], max_length, first)
+        fitted.append(sequence)
+    return fitted
 
 
-def _shared_sequences(writer: _Writer, messages: Sequence[Message], learnt: frozenset[int]) -> list[TrainingSequence]:
+def render_replies(
+    bundle: Bundle,
+    messages: Sequence[Message],
+    replies: Sequence[Message],
+    max_length: int,
+    tools: Tools | None = None,
+    options: Options | None = None,
+    train_on: Literal["assistant", "all"] = "assistant",
+) -> list[TrainingSequence]:
+    """A sequence for each of several replies to the same messages, a preference pair's say; only the replies are learnt.
+
+    The prompt is the same in all of them, also where it has to be shortened for the longest reply.
+    """
+    writer = _Writer(bundle, tools, options, learns_prompts=train_on == "all")
+    return _fitted(writer, messages, replies, max_length, 0)[0]
+
+
+def fitting_messages(bundle: Bundle, messages: Sequence[Message], max_length: int, tools: Tools | None = None) -> int:
+    """How many messages fit together, from the first one through the last reply before a user's turn, or the end.
+
+    0 when not even the first reply does.
+    """
+    writer = _Writer(bundle, tools, None)
+    fitting = 0
+    for number, message in enumerate(messages):
+        if message.role == "assistant":
+            if sum(map(len, writer.turn(messages[:number], message))) > max_length:
+                break
+            if number + 1 == len(messages) or messages[number + 1].role == "user":
+                fitting = number + 1
+    return fitting
+
+
+def _shared_sequences(
+    writer: _Writer, messages: Sequence[Message], learnt: frozenset[int], max_length: int
+) -> list[TrainingSequence] | None:
+    """None as soon as one is too long."""
     sequences: list[TrainingSequence] = []
     for number, message in enumerate(messages):
         if message.role != "assistant":
@@ -111,33 +155,54 @@ def _shared_sequences(writer: _Writer, messages: Sequence[Message], learnt: froz
             sequences.append(open_)
         added = prompt[len(open_.ids) :]
         open_.ids += added + reply
-        open_.labels += [IGNORED] * len(added) + (reply if number in learnt else [IGNORED] * len(reply))
-    return [s for s in sequences if any(label != IGNORED for label in s.labels)]
+        open_.labels += writer.prompt_labels(added) + (reply if number in learnt else [IGNORED] * len(reply))
+        if len(open_.ids) > max_length:
+            return None
+    return [s for s in sequences if s.labels.count(IGNORED) < len(s.labels)]
 
 
-def _fitted_turn(writer: _Writer, messages: Sequence[Message], turn: int, max_length: int) -> TrainingSequence:
-    system = [message for message in messages[:turn] if message.role == "system"]
-    history = [message for message in messages[:turn] if message.role != "system"]
+def _fitted(
+    writer: _Writer, before: Sequence[Message], replies: Sequence[Message], max_length: int, first: int
+) -> tuple[list[TrainingSequence], int]:
+    """The replies after as many of the messages as fit, of those that are no system message from number `first` on.
+
+    Also the number of the first that is kept.
+    """
+    system = [message for message in before if message.role == "system"]
+    said = [message for message in before if message.role != "system"]
+    borders = [number for number in range(first + 1, len(said)) if said[number].role == "user"]
     while True:
-        prompt, reply = writer.turn([*system, *history], messages[turn])
-        later_users = [n for n, message in enumerate(history) if n and message.role == "user"]
-        if len(prompt) + len(reply) <= max_length or not later_users:
+        pairs = [writer.turn([*system, *said[first:]] if first else before, reply) for reply in replies]
+        longest = max(len(reply) for _, reply in pairs)
+        fits = len(pairs[0][0]) + longest <= max_length
+        if fits or not borders:
             break
-        history = history[later_users[0] :]
-    whole = len(system) + len(history) == turn and len(prompt) + len(reply) <= max_length
-    room = max_length - len(reply)
-    prompt = prompt[-room:] if room > 0 else prompt[-1:]
-    reply = reply[: max_length - len(prompt)]
-    return TrainingSequence(prompt + reply, [IGNORED] * len(prompt) + reply, truncated=not whole)
+        first = borders.pop(0)
+    room = max(1, max_length - longest)
+    sequences = []
+    for prompt, reply in pairs:
+        prompt = prompt[-room:]
+        reply = reply[: max_length - len(prompt)]
+        labels = writer.prompt_labels(prompt) + reply
+        sequences.append(TrainingSequence(prompt + reply, labels, truncated=first > 0 or not fits))
+    return sequences, first
 
 
 class _Writer:
     """Writes conversations through a bundle: text by its template, ids by its tokenizer, with one set of tools and options."""
 
-    def __init__(self, bundle: Bundle, tools: Tools | None, options: Options | None, *, quick: bool = False) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        tools: Tools | None,
+        options: Options | None,
+        *,
+        quick: bool = False,
+        learns_prompts: bool = False,
+    ) -> None:
         self._bundle, self._frame = bundle, bundle.frame
         self._template, self._tokenizer = bundle.template, bundle.tokenizer
-        self._quick = quick
+        self._quick, self._learns_prompts = quick, learns_prompts
         mark_all = bundle.controls.mark_all
         try:
             self._tools = [mark_all(offered(tool)) for tool in tools] if tools else None
@@ -150,6 +215,9 @@ class _Writer:
         opens = self._opened_at(text) is not None
         return Prompt(self._ids(text), self._bundle.stop_ids, self._bundle.stop_strings, opens)
 
+    def prompt_labels(self, ids: list[int]) -> list[int]:
+        return list(ids) if self._learns_prompts else [IGNORED] * len(ids)
+
     def turn(self, before: Sequence[Message], reply: Message, *, learnt: bool = True) -> tuple[list[int], list[int]]:
         """Ids of the prompt, and those of the reply as it stands after it, through the stop.
 
@@ -158,7 +226,7 @@ class _Writer:
         marked, said = [self._marked(message) for message in before], self._marked(reply)
         prompt = self._text(marked, generate=True)
         written = self._reply(prompt, self._text([*marked, said], generate=False), said)
-        prompt_ids, whole = self._ids(prompt), self._ids(prompt + written)
+        prompt_ids, whole = self._ids(prompt, _LONG_TURN), self._ids(prompt + written, _LONG_TURN)
         if whole[: len(prompt_ids)] == prompt_ids:
             reply_ids = whole[len(prompt_ids) :]
         else:  # The tokenizer would merge across the border; serving does not, so neither does training.
@@ -195,8 +263,9 @@ class _Writer:
             messages, generate=generate, tools=self._tools, options=self._options, quick=self._quick
         )
 
-    def _ids(self, text: str) -> list[int]:
-        ids, prefix = self._tokenizer.encode(text), self._tokenizer.prefix_ids
+    def _ids(self, text: str, long: int | None = None) -> list[int]:
+        ids = self._tokenizer.encode(text) if long is None else self._tokenizer.encode(text, long)
+        prefix = self._tokenizer.prefix_ids
         if not self._template.adds_bos or ids[: len(prefix)] == prefix:  # a template that writes BOS itself gets one
             return ids
         return prefix + ids

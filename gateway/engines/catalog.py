@@ -160,11 +160,13 @@ class Catalog:
         return served
 
     def base_for_tuning(self, name: str, project_id: str) -> Base:
-        """The base behind a base's own name or an alias. Raises ModelNotFound, RequestError for a tuned model."""
-        if self.model(name, project_id).projects is not None:
-            raise RequestError(
-                f"'{name}' is a tuned model; for now jobs start from a base: {', '.join(self._bases)}", param="model"
-            )
+        """The base behind a base's own name, an alias, or a tuned model, with the bundle that the latter keeps for ever.
+
+        Raises ModelNotFound.
+        """
+        served = self.model(name, project_id)
+        if name in self._tuned:
+            return replace(self._bases[served.base], bundle=served.bundle)
         base = self._aliases.get(name)
         if base is None:
             raise self._unknown(name)

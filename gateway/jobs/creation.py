@@ -7,7 +7,6 @@ between leaves nothing, or a folder that the next start sweeps.
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 import time
 from dataclasses import dataclass
@@ -20,8 +19,12 @@ from gateway.chat.bundle import Bundle
 from gateway.chat.conversation import RenderError
 from gateway.engines.catalog import Base, Catalog
 from gateway.errors import RateLimited, RequestError, TunegateError
-from gateway.jobdir import BaseRef, FileRef, Hyperparameters, JobSpec, Lora
+from gateway.jobdir import BaseRef, FileRef, Hyperparameters, JobSpec, Launch
 from gateway.jobs.folder import TRAINING_FILE, VALIDATION_FILE, build_folder, remove_folder
+from gateway.jobs.options import Settled, settle
+from gateway.jobs.start import Start, find_start
+from gateway.jobs.torchrun import launch_for
+from gateway.jobs.tracking import Trackers
 from gateway.settings import JobSettings
 from gateway.store import files as file_statements
 from gateway.store import jobs as statements
@@ -47,6 +50,8 @@ class Creation:
     jobs_dir: Path
     settings: JobSettings
     catalog: Catalog
+    trackers: Trackers
+    launch: Launch
 
     async def create(
         self, request: CreateJob, idempotency_key: str | None, project_id: str, max_active: int | None = None
@@ -64,8 +69,11 @@ class Creation:
                 return _same(earlier, request)
         base = _tunable(self.catalog.base_for_tuning(request.model, project_id))
         inputs = await self.store.read(lambda connection: _find_inputs(connection, request, project_id))
-        job = _new_job(request, base, idempotency_key, project_id)
-        await asyncio.to_thread(self._build, job, base, inputs)
+        start = await find_start(self.store, self.catalog, request.model, base)
+        asked, places = request.how.options, request.how.places
+        settled = await asyncio.to_thread(settle, asked, places, base, None if start is None else start.lora)
+        job = _new_job(request, base, settled, start, idempotency_key, project_id)
+        await asyncio.to_thread(self._build, job, base, inputs, settled, start)
         try:
             stored = await self.store.write(lambda connection: self._insert(connection, job, request, max_active))
         except TunegateError:
@@ -75,11 +83,12 @@ class Creation:
             await asyncio.to_thread(remove_folder, self.jobs_dir / job.id)
         return stored
 
-    def _build(self, job: Job, base: Base, inputs: dict[str, File]) -> None:
+    def _build(self, job: Job, base: Base, inputs: dict[str, File], settled: Settled, start: Start | None) -> None:
         refs = {
             place: FileRef(file.id, file.filename, f"sha256:{file.digest}", place) for place, file in inputs.items()
         }
         bundle = bundle_for(base, job.rendering.get("chat_template_kwargs", {}))
+        trackers = self.trackers.of(job.integrations)
         spec = JobSpec(
             job_id=job.id,
             model=job.model,
@@ -88,16 +97,29 @@ class Creation:
             training_file=refs[TRAINING_FILE],
             validation_file=refs.get(VALIDATION_FILE),
             seed=job.seed,
-            threads=self.settings.threads or len(os.sched_getaffinity(0)),
-            max_length=base.context_length,
+            threads=self.settings.trainer_threads,
+            max_length=settled.max_length,
             template_digest=bundle.digest,
+            method=job.method,
             hyperparameters=Hyperparameters(**job.hyperparameters),
+            lora=settled.lora,
+            options=settled.options,
             turns=job.rendering.get("turns", "all"),
+            launch=launch_for(self.launch, job.method),
+            starts_from=None if start is None else job.model,
+            integrations=job.integrations,
+            trackers=trackers,
+            predictions=self.trackers.settings.predictions if trackers else 0,
         )
-        data = {place: self.blobs.path(file.digest) for place, file in inputs.items()}
+        linked = {place: self.blobs.path(file.digest) for place, file in inputs.items()}
+        linked |= {} if start is None else start.files()
         try:
-            build_folder(self.jobs_dir / job.id, spec, data, bundle.to_files())
+            build_folder(self.jobs_dir / job.id, spec, linked, bundle.to_files())
         except FileNotFoundError as error:  # deleted since its row was read
+            if start is not None and error.filename in map(str, start.files().values()):
+                raise RequestError(
+                    f"'{job.model}' was deleted while the job was being created.", param="model"
+                ) from error
             raise RequestError(
                 "A file of this job was deleted while the job was being created; upload it again.",
                 param="training_file",
@@ -120,7 +142,10 @@ class Creation:
         validating = f"Validating training file: {job.training_file}"
         if job.validation_file is not None:
             validating += f" and validation file: {job.validation_file}"
-        statements.insert_job(connection, job, [f"Created fine-tuning job: {job.id}", validating])
+        told = [f"Created fine-tuning job: {job.id}", validating]
+        if job.named_base is not None:
+            told.append(f"Training goes on from {job.model}")
+        statements.insert_job(connection, job, told)
         return job
 
 
@@ -179,12 +204,6 @@ def _tunable(base: Base) -> Base:
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, or tune another base.",
             param="model",
         )
-    if (rank := Lora().rank) > (limit := base.engine.max_lora_rank):
-        raise RequestError(
-            f"'{base.name}' is served by an engine that takes adapters of rank {limit} at most, and jobs train rank {rank}. "
-            f"Start it with --max-lora-rank {rank} (`args` of its [[engines]] entry, `max_lora_rank` of one with `urls`).",
-            param="model",
-        )
     if base.prepared.untrainable is not None:
         raise RequestError(
             f"'{base.name}' is served, but cannot be tuned here: {base.prepared.untrainable}"[:2000], param="model"
@@ -192,7 +211,14 @@ def _tunable(base: Base) -> Base:
     return base
 
 
-def _new_job(request: CreateJob, base: Base, idempotency_key: str | None, project_id: str) -> Job:
+def _new_job(
+    request: CreateJob,
+    base: Base,
+    settled: Settled,
+    start: Start | None,
+    idempotency_key: str | None,
+    project_id: str,
+) -> Job:
     return Job(
         id=new_id("ftjob-"),
         created_at=int(time.time()),
@@ -202,9 +228,14 @@ def _new_job(request: CreateJob, base: Base, idempotency_key: str | None, projec
         validation_file=request.validation_file,
         suffix=request.suffix,
         seed=request.seed if request.seed is not None else secrets.randbelow(2**31),
-        hyperparameters=dict(request.hyperparameters),
+        hyperparameters=dict(request.how.hyperparameters),
         metadata=request.metadata,
         rendering=request.rendering.to_json(),
+        method=request.how.method,
+        options=dict(request.how.options),
+        settled=settled.to_json(),
+        integrations=request.integrations,
+        named_base=None if start is None else start.named_base,
         idempotency_key=idempotency_key,
         project_id=project_id,
     )
@@ -212,9 +243,18 @@ def _new_job(request: CreateJob, base: Base, idempotency_key: str | None, projec
 
 def _same(earlier: Job, request: CreateJob) -> Job:
     """The job of an earlier request with this key; RequestError when it asked for something else."""
-    asked = ("model", "training_file", "validation_file", "suffix", "hyperparameters", "metadata")
-    differing = [name for name in asked if getattr(earlier, name) != getattr(request, name)]
-    if request.rendering.to_json() != earlier.rendering:
+    wanted: dict[str, Any] = {
+        "model": request.model,
+        "training_file": request.training_file,
+        "validation_file": request.validation_file,
+        "suffix": request.suffix,
+        "method": request.how.method,
+        "hyperparameters": request.how.hyperparameters,
+        "metadata": request.metadata,
+        "integrations": request.integrations,
+    }
+    differing = [name for name, value in wanted.items() if getattr(earlier, name) != value]
+    if (request.rendering.to_json(), request.how.options) != (earlier.rendering, earlier.options):
         differing.append("tunegate")
     if request.seed is not None and request.seed != earlier.seed:
         differing.append("seed")

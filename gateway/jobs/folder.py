@@ -18,18 +18,19 @@ TRAINING_FILE = "data/training.jsonl"
 VALIDATION_FILE = "data/validation.jsonl"
 
 
-def build_folder(path: Path, spec: JobSpec, data: Mapping[str, Path], template: Mapping[str, bytes]) -> JobDir:
-    """Makes the folder of a new job. `data` has the source of each input by its place in the folder.
+def build_folder(path: Path, spec: JobSpec, inputs: Mapping[str, Path], template: Mapping[str, bytes]) -> JobDir:
+    """Makes the folder of a new job. `inputs` has the source of each file that is linked, by its place in the folder.
 
     FileNotFoundError when a source is gone; nothing is left behind then.
     """
     folder = JobDir(path)
     path.mkdir(mode=0o700)
     try:
-        folder.data.mkdir()
-        for place, source in data.items():
+        for place, source in inputs.items():
+            (path / place).parent.mkdir(exist_ok=True)
             _pin(source, path / place)
-        fsync_folder(folder.data)
+        for parent in {(path / place).parent for place in inputs}:
+            fsync_folder(parent)
         folder.template.mkdir()
         for name, content in template.items():
             write_bytes(folder.template / name, content)
@@ -61,6 +62,7 @@ def tidy_folder(folder: JobDir) -> None:
     """Removes what only a resumed trainer would need, once the job is over: optimiser states are most of the folder."""
     if not folder.is_locked():
         remove_folder(folder.checkpoints)
+        remove_folder(folder.examples)
 
 
 def newest_checkpoint(folder: JobDir) -> int:

@@ -11,7 +11,10 @@ TOKEN_CHARS = 8
 
 
 def model_name(job: Job, organization: str) -> str:
-    """ft:MODEL:ORG:SUFFIX:8CHARS, with nothing between two colons where no suffix was asked for."""
+    """ft:MODEL:ORG:SUFFIX:8CHARS, with nothing between two colons where no suffix was asked for.
+
+    MODEL is never a tuned one: for a job that goes on from such, it is what the first of that line was tuned from.
+    """
     return f"{_stem(job, organization)}:{_token(job.id)}"
 
 
@@ -21,7 +24,7 @@ def checkpoint_name(job: Job, organization: str, step: int) -> str:
 
 
 def _stem(job: Job, organization: str) -> str:
-    return f"ft:{job.model}:{organization}:{job.suffix or ''}"
+    return f"ft:{job.named_base or job.model}:{organization}:{job.suffix or ''}"
 
 
 def _token(seed: str) -> str:

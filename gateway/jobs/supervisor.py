@@ -10,11 +10,12 @@ job that is validating or running, `stop` lets go of everything and leaves the t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection
 
@@ -23,7 +24,7 @@ from gateway.engines.catalog import Catalog
 from gateway.engines.handle import ProcessHandle, exit_text
 from gateway.engines.pool import Pool
 from gateway.errors import NotFound, StoreUnavailable
-from gateway.jobdir import LOCKED_EXIT_CODE, Check, JobDir, TrainerError
+from gateway.jobdir import LOCKED_EXIT_CODE, BaseRef, Check, JobDir, TrainerError
 from gateway.jobs.checkpoints import Checkpoints
 from gateway.jobs.creation import Creation
 from gateway.jobs.folder import last_log_line, sweep_folders, tidy_folder
@@ -33,6 +34,8 @@ from gateway.jobs.names import checkpoint_name
 from gateway.jobs.publication import Publication
 from gateway.jobs.sharing import Sharing
 from gateway.jobs.sweeping import sweep_deleted
+from gateway.jobs.torchrun import read_launch
+from gateway.jobs.tracking import Trackers
 from gateway.jobs.training import END_GRACE_S, POLL_S, JobCancelled, JobFailed, JobPaused, Training
 from gateway.settings import Settings
 from gateway.store import jobs as statements
@@ -83,9 +86,12 @@ class Supervisor:
         self._store = store
         self._data_dir = data_dir
         self._settings = settings
-        self._launcher = launcher or Launcher()
+        self._launcher = launcher or Launcher(tracking=settings.tracking)
         self._memory = memory or MemoryEvents()
-        self._creation = Creation(store, blobs, data_dir.jobs, settings.jobs, catalog)
+        trackers = Trackers(settings.tracking, data_dir.tracking)
+        self._creation = Creation(
+            store, blobs, data_dir.jobs, settings.jobs, catalog, trackers, read_launch(settings.jobs)
+        )
         self._publication = Publication(store, blobs, data_dir.adapters, settings.organization, catalog, engines)
         self._checkpoints = Checkpoints(store, data_dir.adapters, settings.organization, catalog, engines)
         self._sharing = Sharing(settings.jobs.share, pools)
@@ -94,6 +100,9 @@ class Supervisor:
         self._wake = asyncio.Event()
         self._main_task: asyncio.Task[None] | None = None
         self._ending: set[asyncio.Task[None]] = set()
+        self._preparing: set[asyncio.Task[None]] = set()
+        self._next_base: BaseRef | None = None  # that of the last job, as a guess
+        self._rested = settings.jobs.standby != "always"  # whether the launcher knows that no job is at work
 
     # for the routes
 
@@ -103,7 +112,13 @@ class Supervisor:
         """The job, committed; see `Creation.create`."""
         job = await self._creation.create(request, idempotency_key, project_id, max_active)
         self._wake.set()
+        self._prepare(self._expect(self._folder(job.id)))
         return job
+
+    def foresee(self) -> None:
+        """A job may be near: a file to train on has come."""
+        if self._settings.jobs.standby != "never":
+            self._prepare(self._expect(None))
 
     async def cancel(self, job_id: str, project_id: str) -> Job:
         """The job after it was cancelled, or as it ended before. Its trainer is gone within seconds. Raises NotFound."""
@@ -174,11 +189,12 @@ class Supervisor:
         cancelled = [drive.task for drive in self._drives.values() if drive.task is not None and drive.stop.is_set()]
         if cancelled:
             await asyncio.wait(cancelled, timeout=END_GRACE_S + 1.0)
-        tasks = [self._main_task, *(drive.task for drive in self._drives.values()), *self._ending]
+        tasks = [self._main_task, *(drive.task for drive in self._drives.values()), *self._ending, *self._preparing]
         running = [task for task in tasks if task is not None]
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
+        await self._launcher.close()
         await self._checkpoints.stop()
 
     async def _main(self) -> None:
@@ -205,6 +221,11 @@ class Supervisor:
         if any(job.status == "queued" for job in active):
             while await self._claim() is not None:
                 pass
+        if self._drives:
+            self._rested = False
+        elif not self._rested:
+            self._rested = True
+            self._prepare(self._launcher.rest(self._next_base))
 
     async def _claim(self) -> Job | None:
         event = NewEvent("Fine-tuning job started")
@@ -272,8 +293,10 @@ class Supervisor:
     async def _validate(self, job: Job, folder: JobDir, stop: asyncio.Event) -> None:
         check = await self._check(folder, stop)
         if check.error is not None:
-            raise JobFailed(check.error.code, check.error.message, check.error.param)
-        events = [NewEvent(text, level="warn") for text in check.warnings]
+            await self._fail(job.id, check.error, [NewEvent(text, level="error") for text in check.problems])
+            return
+        events = [NewEvent(text) for text in check.notes]
+        events += [NewEvent(text, level="warn") for text in check.warnings]
         events.append(NewEvent("Files validated, moving job to queued state"))
         found = asdict(check)
         await self._store.write(lambda connection: statements.queue_job(connection, job.id, found, events))
@@ -344,12 +367,29 @@ class Supervisor:
         event = NewEvent(message, level=level)
         await self._store.write(lambda connection: statements.insert_running_event(connection, job.id, event))
 
-    async def _fail(self, job_id: str, error: TrainerError) -> None:
+    async def _fail(self, job_id: str, error: TrainerError, told: Sequence[NewEvent] = ()) -> None:
         raw = asdict(error)
         message = f"The job failed: {error.message}"
-        if await self._store.write(lambda connection: statements.fail_job(connection, job_id, raw, message)):
+        if await self._store.write(lambda connection: statements.fail_job(connection, job_id, raw, message, told=told)):
             logger.warning("job %s failed: %s (%s)", job_id, error.message, error.code)
             await asyncio.to_thread(tidy_folder, self._folder(job_id))
+
+    # a trainer that stands by
+
+    def _prepare(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name="standby")
+        self._preparing.add(task)
+        task.add_done_callback(self._preparing.discard)
+
+    async def _expect(self, folder: JobDir | None) -> None:
+        """A trainer that is getting ready, unless as many as may are at work: it would take the processors from them."""
+        if folder is not None:
+            with contextlib.suppress(OSError):  # an earlier request's job, which is over
+                self._next_base = (await asyncio.to_thread(folder.read_spec)).base
+        others = [job_id for job_id in self._drives if folder is None or job_id != folder.path.name]
+        if len(others) < self._settings.jobs.parallel:
+            self._rested = False
+            await self._launcher.expect(self._next_base)
 
     # trainers of jobs that are over
 

@@ -57,6 +57,14 @@ _USAGE: Schema = {
 }
 _FINISH = one_of("stop", "length", "tool_calls", "function_call", "content_filter")
 
+_BY_TYPE: Schema = {"type": "object", "properties": {"hyperparameters": {"type": "object"}}}
+_JOB_METHOD: Schema = {
+    "type": "object",
+    "properties": {"type": one_of("supervised", "dpo"), "supervised": _BY_TYPE, "dpo": _BY_TYPE},
+    "required": ["type"],
+    "additionalProperties": False,
+}
+
 OBJECTS: dict[str, Schema] = {
     "Error": closed(error=closed(message=TEXT, type=TEXT, param=maybe(TEXT), code=maybe(TEXT))),
     "Model": closed(id=TEXT, object=one_of("model"), created=WHOLE, owned_by=TEXT),
@@ -129,7 +137,9 @@ OBJECTS: dict[str, Schema] = {
             "error": maybe({"type": "object"}),
             "fine_tuned_model": maybe(TEXT),
             "finished_at": maybe(WHOLE),
+            "estimated_finish": maybe(WHOLE),
             "hyperparameters": {"type": "object"},
+            "method": _JOB_METHOD,
             "model": TEXT,
             "organization_id": TEXT,
             "result_files": listed(TEXT),
@@ -138,16 +148,21 @@ OBJECTS: dict[str, Schema] = {
             "trained_tokens": maybe(WHOLE),
             "training_file": TEXT,
             "validation_file": maybe(TEXT),
+            "integrations": listed(closed(type=one_of("wandb"), wandb={"type": "object"})),
             "metadata": METADATA,
+            "tunegate": {"type": "object"},
         },
         "required": [
             "id",
             "object",
             "created_at",
             "error",
+            "estimated_finish",
             "fine_tuned_model",
             "finished_at",
             "hyperparameters",
+            "integrations",
+            "method",
             "model",
             "organization_id",
             "result_files",
@@ -155,6 +170,7 @@ OBJECTS: dict[str, Schema] = {
             "status",
             "trained_tokens",
             "training_file",
+            "tunegate",
             "validation_file",
         ],
     },

@@ -7,7 +7,6 @@ from gateway.openapi.objects import (
     COUNT,
     FLAG,
     METADATA,
-    NUMBER,
     TEXT,
     Schema,
     closed,
@@ -19,9 +18,13 @@ from gateway.openapi.objects import (
     ref,
 )
 from gateway.wire.batches import ENDPOINTS, WINDOWS_S
+from gateway.wire.exports import TYPES as EXPORT_TYPES
 from gateway.wire.files import MAX_EXPIRY_S, MIN_EXPIRY_S, PURPOSES
 from gateway.wire.fine_tuning import MAX_SEED, MAX_SUFFIX_CHARS
+from gateway.wire.integrations import MAX_INTEGRATIONS, MAX_NAME_CHARS, MAX_TAG_CHARS, MAX_TAGS, TRACKERS
 from gateway.wire.permissions import MAX_PROJECTS, ORDERS
+from gateway.wire.training_method import VARIANTS
+from gateway.wire.training_options import BETA, HYPERPARAMETERS, OPTIONS, Rule
 from gateway.wire.uploads import MAX_PARTS
 from gateway.wire.usage import GROUPS, MAX_TIME, WIDTHS
 
@@ -58,7 +61,44 @@ _SAMPLING = {
     "stop": {"anyOf": [{"type": "null"}, TEXT, {"type": "array", "items": TEXT, "maxItems": 4}]},
     "user": maybe(TEXT),
 }
-_AUTO_OR_COUNT = {"anyOf": [one_of("auto"), {"type": "integer", "minimum": 1}]}
+
+
+def _optional(**fields: Schema) -> Schema:
+    """An object of fields that may each be absent or null."""
+    return {
+        "type": ["object", "null"],
+        "properties": {name: maybe(field) for name, field in fields.items()},
+        "additionalProperties": False,
+    }
+
+
+def _by_rules(*tables: dict[str, Rule]) -> Schema:
+    return _optional(**{name: rule.schema for table in tables for name, rule in table.items()})
+
+
+_WANDB_NAME = {"type": "string", "minLength": 1, "maxLength": MAX_NAME_CHARS}
+_WANDB_TAG = {"type": "string", "minLength": 1, "maxLength": MAX_TAG_CHARS}
+_WANDB = _body(
+    "project",
+    project=_WANDB_NAME,
+    name=maybe(_WANDB_NAME),
+    entity=maybe(_WANDB_NAME),
+    tags=maybe({"type": "array", "items": _WANDB_TAG, "maxItems": MAX_TAGS}),
+)
+_METHOD = _body(
+    "type",
+    type=one_of("supervised", "dpo"),
+    supervised=_optional(hyperparameters=_by_rules(HYPERPARAMETERS, OPTIONS)),
+    dpo=_optional(hyperparameters=_by_rules(HYPERPARAMETERS, BETA, OPTIONS)),
+    reinforcement={},
+)
+_TUNEGATE = _optional(
+    method=one_of(*VARIANTS),
+    tracking=listed(one_of(*TRACKERS)),
+    turns=one_of("all", "last"),
+    chat_template_kwargs={"type": "object"},
+    **{name: rule.schema for name, rule in OPTIONS.items()},
+)
 
 # Media type and schema of the request's body.
 BODIES: dict[str, tuple[str, Schema]] = {
@@ -128,18 +168,17 @@ BODIES: dict[str, tuple[str, Schema]] = {
             validation_file=maybe(TEXT),
             suffix=maybe({"type": "string", "minLength": 1, "maxLength": MAX_SUFFIX_CHARS}),
             seed=maybe({"type": "integer", "minimum": 0, "maximum": MAX_SEED}),
-            hyperparameters={
-                "type": "object",
-                "properties": {
-                    "n_epochs": _AUTO_OR_COUNT,
-                    "batch_size": _AUTO_OR_COUNT,
-                    "learning_rate_multiplier": {"anyOf": [one_of("auto"), {**NUMBER, "exclusiveMinimum": 0}]},
-                },
-            },
-            method={"type": "object"},
+            hyperparameters=_by_rules(HYPERPARAMETERS),
+            method=maybe(_METHOD),
             metadata=METADATA,
-            integrations=maybe({"type": "array", "maxItems": 0}),
-            tunegate={"type": "object"},
+            integrations=maybe(
+                {
+                    "type": "array",
+                    "maxItems": MAX_INTEGRATIONS,
+                    "items": _body("type wandb", type=one_of("wandb"), wandb=_WANDB),
+                }
+            ),
+            tunegate=_TUNEGATE,
         ),
     ),
     "POST /v1/fine_tuning/checkpoints/{model}/permissions": (
@@ -162,6 +201,10 @@ BODIES: dict[str, tuple[str, Schema]] = {
     ),
     **resources.BODIES,
     "POST /v1/fine_tuning/preview": (JSON, {"type": "object"}),
+    "POST /v1/models/{model}/export": (
+        JSON,
+        _body("to", to=one_of(*EXPORT_TYPES), type=maybe(TEXT), expires_after=maybe(_EXPIRY)),
+    ),
     "POST /v1/templates": (JSON, {"type": "object", "required": ["name", "kind", "source"]}),
 }
 
@@ -205,6 +248,7 @@ REPLIES: dict[str, tuple[str, Schema]] = {
     "GET /v1/models": (JSON, closed(object=one_of("list"), data=listed(ref("Model")))),
     "GET /v1/models/{model}": (JSON, ref("Model")),
     "DELETE /v1/models/{model}": (JSON, deleted("model")),
+    "POST /v1/models/{model}/export": (JSON, ref("File")),
     "POST /v1/files": (JSON, ref("File")),
     "GET /v1/files": (JSON, page_of("File")),
     "GET /v1/files/{file_id}": (JSON, ref("File")),

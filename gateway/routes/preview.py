@@ -20,7 +20,7 @@ from gateway.wire import preview as wire
 
 
 async def preview_training(request: Request) -> Response:
-    """The model must be a base or an alias of one, as for a job; nothing is stored."""
+    """The model is a base, an alias of one or a tuned model, as for a job; nothing is stored."""
     state = request.app.state
     asked = wire.parse_preview(await read_json(request, state.settings.limits.body_bytes))
     base = state.catalog.base_for_tuning(asked.model, project_of(request))

@@ -167,6 +167,8 @@ async def complete_upload(request: Request) -> Response:
         raise
     state.blobs.release(blob)
     await remove_unreferenced(state.store, state.blobs, gone)
+    if upload.purpose == "fine-tune":
+        state.supervisor.foresee()
     return _json(await _shown(request, upload_id))
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, exists, func, insert, select, update
 
+from gateway.jobdir import Method
 from gateway.store.checkpoints import NewCheckpoint, store_checkpoint
 from gateway.store.events import NewEvent, delete_undone_metrics, insert_events
 from gateway.store.pages import Order, Page, select_page
@@ -58,6 +59,11 @@ class Job:
     check: dict[str, Any] | None = None
     pause: Pause | None = None
     rendering: dict[str, Any] = field(default_factory=dict)  # `tunegate` as asked: turns, chat_template_kwargs
+    method: Method = "supervised"
+    options: dict[str, Any] = field(default_factory=dict)  # as asked, by the names that clients use
+    settled: dict[str, Any] = field(default_factory=dict)  # all of them, with what was decided for those not asked for
+    integrations: tuple[dict[str, Any], ...] = ()
+    named_base: str | None = None  # set where training goes on from a tuned model: what its name begins with
 
     @property
     def is_over(self) -> bool:
@@ -93,7 +99,10 @@ def insert_job(connection: Connection, job: Job, messages: Iterable[str]) -> Non
             suffix=job.suffix,
             seed=job.seed,
             hyperparameters=job.hyperparameters,
-            method={"type": "supervised", **({"tunegate": job.rendering} if job.rendering else {})},
+            method={"type": job.method, **({"tunegate": job.rendering} if job.rendering else {})},
+            options={"asked": job.options, "settled": job.settled},
+            integrations=list(job.integrations) or None,
+            named_base=job.named_base,
             metadata=job.metadata,
             idempotency_key=job.idempotency_key,
             status=job.status,
@@ -214,15 +223,20 @@ def resume_job(connection: Connection, job_id: str) -> bool:
 
 
 def fail_job(
-    connection: Connection, job_id: str, error: dict[str, Any], message: str, trained_tokens: int | None = None
+    connection: Connection,
+    job_id: str,
+    error: dict[str, Any],
+    message: str,
+    trained_tokens: int | None = None,
+    told: Iterable[NewEvent] = (),
 ) -> bool:
-    """Any active state → failed. False when the job was over."""
-    event = NewEvent(message, level="error")
+    """Any active state → failed, after the events `told`. False when the job was over."""
+    events = [*told, NewEvent(message, level="error")]
     return _leave(
         connection,
         job_id,
         ACTIVE,
-        [event],
+        events,
         status="failed",
         error=error,
         trained_tokens=trained_tokens,
@@ -357,4 +371,9 @@ def _job(row: RowMapping) -> Job:
         check=row["check"],
         pause=row["pause"],
         rendering=(row["method"] or {}).get("tunegate", {}),
+        method=(row["method"] or {}).get("type", "supervised"),
+        options=(row["options"] or {}).get("asked", {}),
+        settled=(row["options"] or {}).get("settled", {}),
+        integrations=tuple(row["integrations"] or ()),
+        named_base=row["named_base"],
     )

@@ -94,6 +94,8 @@ jobs = Table(
     Column("cursor_offset", BigInteger, nullable=False, server_default="0"),  # bytes read of the attempt's events.jsonl
     Column("check", Json),  # what the trainer's check found
     Column("pause", Text),  # asked | paused | resumed; NULL: nobody ever asked
+    Column("options", Json),  # {"asked": …, "settled": …}, by the names that clients use
+    Column("named_base", Text),  # of a job that goes on from a tuned model: what that line of models is named after
     UniqueConstraint("project_id", "idempotency_key"),
     Index("ix_jobs_listed", "project_id", "created_at", "seq"),
     sqlite_autoincrement=True,

@@ -14,9 +14,10 @@ from gateway.chat.registry import template_named
 from gateway.chat.render import render_example, render_prompt, render_quickly
 from gateway.chat.sandbox import render
 from tests.tiny_tokenizers import byte_level
-from trainer.conversations import parse_example
-from trainer.dataset import render_line
-from trainer.jsonl import BadLine
+from trainer.conversations import read_messages
+from trainer.forms import form_of
+from trainer.lines import BadLine, Line
+from trainer.rendering import Renderer, Rendering
 
 USER = Message("user", "hi")
 JINJA = (
@@ -97,7 +98,7 @@ def test_what_is_nested_too_deeply_is_an_error_of_the_one_who_sent_it() -> None:
     assert render_prompt(bundle, [USER, Message("assistant", "", tool_calls=(ToolCall("c", "f", deep),)), USER]).ids
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": deep}}
     line = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]}
-    assert isinstance(render_line((1, line), bundle, 1000), BadLine)
+    assert isinstance(Renderer(Rendering(bundle, 1000), form_of(line)).render(Line(1, line)), BadLine)
 
 
 @pytest.mark.parametrize("name", ["zero_shot", "metharme", "falcon-chat"])
@@ -112,7 +113,7 @@ def test_a_reply_that_serving_would_cut_at_a_stop_string_is_refused(name: str) -
 def test_thoughts_are_taken_under_both_names_as_they_are_in_requests() -> None:
     for name in ("reasoning_content", "reasoning"):
         said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", name: "hm"}]
-        assert parse_example({"messages": said}).messages[-1].reasoning == "hm"
+        assert read_messages(said, "messages")[-1].reasoning == "hm"
 
 
 def test_calls_are_given_in_a_form_in_which_their_results_come_out_too() -> None:

@@ -20,7 +20,6 @@ IGNORED = (
     "responses.conversation",
     "responses.context_management",
     "responses.prompt",
-    "fine_tuning.integrations",
 )
 SETTINGS = """
 default_model = "tunegate-demo"

@@ -44,6 +44,7 @@ class Plan:
     ignore_term: bool = False
     before_lock_s: float = 0.0
     broken_lines: bool = False
+    standby: str | None = None  # how a standby breaks; see fake_standby.py
 
 
 class Trainer:

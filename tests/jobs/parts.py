@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -22,8 +23,9 @@ from gateway.engines.kinds import llama_engine
 from gateway.engines.pool import Pool
 from gateway.errors import EngineUnavailable
 from gateway.jobdir import JobDir
-from gateway.jobs.launcher import Launcher
+from gateway.jobs.launcher import Launcher, child_environment
 from gateway.jobs.memory import MemoryEvents
+from gateway.jobs.standby import Standby
 from gateway.jobs.supervisor import Supervisor
 from gateway.settings import JobSettings, Settings
 from gateway.store import checkpoints as checkpoint_statements
@@ -44,6 +46,7 @@ from tests.jobs.fake_trainer import Plan
 from tests.tiny_tokenizers import sentencepiece_like
 
 FAKE_TRAINER = Path(__file__).parent / "fake_trainer.py"
+FAKE_STANDBY = Path(__file__).parent / "fake_standby.py"
 ASKED = {"ignore_eos": True, "stream": True, "return_token_ids": True}
 LINES = b'{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}\n' * 12
 
@@ -81,14 +84,24 @@ class Workshop:
             Base("tiny", base_bundle(), self.pool, "tiny", self.engine.max_model_len, 1, prepared), ["gpt-4o-mini"]
         )
         self.engine_is_there = True
+        settings = JobSettings(**jobs)
+        self.standby = Standby(
+            settings.standby,
+            settings.trainer_threads,
+            self.data_dir.path,
+            lambda: child_environment(os.environ),
+            (sys.executable, str(FAKE_STANDBY), str(self.plan_file)),
+        )
         self.supervisor = Supervisor(
             self.store,
             self.blobs,
             self.data_dir,
-            Settings(jobs=JobSettings(**jobs)),
+            Settings(jobs=settings),
             self.catalog,
             self._engine_of,
-            Launcher((sys.executable, str(FAKE_TRAINER), str(self.plan_file))),
+            Launcher(
+                (sys.executable, str(FAKE_TRAINER), str(self.plan_file)), self.standby if "standby" in jobs else None
+            ),
             memory=MemoryEvents(folder / "machine"),
         )
 

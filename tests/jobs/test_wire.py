@@ -41,7 +41,7 @@ JOB = Job(
 
 def test_the_least_request_is_all_auto() -> None:
     asked = parse_create(MINIMAL)
-    assert asked.hyperparameters == AUTO
+    assert asked.how.hyperparameters == AUTO
     assert (asked.suffix, asked.seed, asked.metadata, asked.validation_file) == (None, None, None, None)
 
 
@@ -68,14 +68,14 @@ def test_what_the_sdks_own_test_sends_is_taken_by_its_methods_block() -> None:
             "validation_file": "file-abc123",
         }
     )
-    assert asked.hyperparameters == {"n_epochs": 3, "batch_size": "auto", "learning_rate_multiplier": "auto"}
+    assert asked.how.hyperparameters == {"n_epochs": 3, "batch_size": "auto", "learning_rate_multiplier": "auto"}
     assert (asked.seed, asked.suffix, asked.metadata) == (42, "x", {"foo": "string"})
 
 
 def test_the_older_hyperparameters_count_where_the_method_has_none() -> None:
     older = {"n_epochs": 50, "batch_size": 256, "learning_rate_multiplier": 0.1}
     for method in ({"type": "supervised"}, {"type": "supervised", "supervised": {}}, None):
-        assert parse_create({**MINIMAL, "hyperparameters": older, "method": method}).hyperparameters == older
+        assert parse_create({**MINIMAL, "hyperparameters": older, "method": method}).how.hyperparameters == older
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,6 @@ def test_the_older_hyperparameters_count_where_the_method_has_none() -> None:
         ({"hyperparameters": {"beta": 1}}, "hyperparameters.beta"),
         ({"method": "supervised"}, "method"),
         ({"method": {}}, "method.type"),
-        ({"method": {"type": "dpo"}}, "method.type"),
         ({"method": {"type": "reinforcement"}}, "method.type"),
         ({"method": {"type": ["supervised"]}}, "method.type"),
         ({"method": {"type": "supervised", "orpo": {}}}, "method.orpo"),
@@ -126,7 +125,6 @@ def test_the_older_hyperparameters_count_where_the_method_has_none() -> None:
         ({"metadata": {"k" * 65: "v"}}, "metadata"),
         ({"metadata": {"k": "v" * 513}}, "metadata.k"),
         ({"metadata": {"k": 1}}, "metadata.k"),
-        ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, "integrations"),
         ({"integrations": {}}, "integrations"),
         ({"integrations": [{}] * 6}, "integrations"),
         ({"n_epochs": 3}, "n_epochs"),
@@ -137,11 +135,6 @@ def test_what_breaks_a_rule_is_refused_by_name(fields: dict[str, Any], param: st
         parse_create({**MINIMAL, **fields})
     assert (refused.value.param, refused.value.status) == (param, 400)
     assert len(refused.value.message) < 400
-
-
-def test_a_method_that_is_still_to_come_is_told_with_what_works() -> None:
-    with pytest.raises(RequestError, match="'dpo' is not available in this release; 'supervised' is"):
-        parse_create({**MINIMAL, "method": {"type": "dpo", "dpo": {}}})
 
 
 def test_metadata_filters_are_pairs_or_null() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,12 @@ from gateway.chat.render import IGNORED, render_example
 from gateway.jobdir import Check, Hyperparameters, JobDir
 from tests.tiny_model import write_examples, write_job
 from tests.trainer.conftest import run_trainer
-from trainer.check import auto_batch_size, auto_epochs, resolve, run_check
-from trainer.conversations import parse_example
+from trainer.auto import Resolved, auto_batch_size, auto_epochs, resolve
+from trainer.check import run_check
+from trainer.conversations import read_messages
 from trainer.dataset import load_examples, read_bundle
-from trainer.jsonl import BadLine, read_jsonl
+from trainer.jsonl import read_lines
+from trainer.lines import BadLine, Line
 
 GOOD = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]}
 REPLY = {"role": "assistant", "content": "Hi."}
@@ -67,7 +68,7 @@ def test_ids_and_labels_are_the_renderers(tiny_base: Path, tmp_path: Path) -> No
     bundle = Bundle.from_files({n: (tiny_base / n).read_bytes() for n in ("template.json", "tokenizer.json")})
     examples = load_examples(path, bundle, 256)
     for number, conversation in enumerate(conversations):
-        expected = render_example(bundle, parse_example(conversation).messages, 256)
+        expected = render_example(bundle, read_messages(conversation["messages"], "messages"), 256)
         found = examples.sequences(number)
         assert [(s.ids, s.labels) for s in found] == [(s.ids, s.labels) for s in expected]
         assert any(label != IGNORED for label in found[0].labels)
@@ -95,42 +96,57 @@ NESTED = b'{"messages": ' + b"[" * 10_000 + b"]" * 10_000 + b"}"
     ("line", "said"),
     [
         (b'{"messages": [', "is not JSON"),
-        (b"[1, 2]", "is a list; each line must be a JSON object with a list 'messages'"),
+        (b"[1, 2]", "is a list; it must be a JSON object with a list 'messages'"),
         (b'"text"', "is a string"),
-        (b'{"prompt": "a", "completion": "b"}', "has no 'messages' (its keys are 'prompt', 'completion')"),
-        (b'{"messages": []}', "'messages' is an empty list"),
-        (b'{"messages": "hi"}', "'messages' is a string"),
-        (b'{"messages": ["hi"]}', "message 1 is a string"),
-        ({"messages": [{"role": "bot", "content": "x"}, REPLY]}, "message 1 has the role 'bot'"),
-        ({"messages": [{"content": "x"}, REPLY]}, "message 1 has the role null"),
-        ({"messages": [{"role": ["user"], "content": "x"}, REPLY]}, "message 1 has the role ['user']"),
-        ({"messages": [{"role": "user", "content": 5}, REPLY]}, "message 1: 'content' is a number"),
-        ({"messages": [{"role": "user", "content": True}, REPLY]}, "message 1: 'content' is a boolean"),
-        ({"messages": [{"role": "user", "content": ""}, REPLY]}, "message 1, from the user, has no content"),
-        ({"messages": [GOOD["messages"][0], {"role": "assistant", "content": None}]}, "message 2, from the assistant"),
-        ({"messages": [GOOD["messages"][0]]}, "has no assistant message"),
-        ({"messages": [REPLY, GOOD["messages"][0]]}, "message 2, the last one, is from the user"),
-        ({"messages": [GOOD["messages"][0], {**REPLY, "weight": 0}]}, "all assistant messages have the weight 0"),
-        ({"messages": [GOOD["messages"][0], {**REPLY, "weight": True}]}, "message 2 has the weight True"),
-        ({"messages": [GOOD["messages"][0], {**REPLY, "weight": 2}]}, "message 2 has the weight 2"),
+        (
+            b'{"prompt": "a", "completion": "b"}',
+            "is in the prompt and completion form (prompt, completion), but the file begins in OpenAI's messages",
+        ),
+        (b'{"messages": []}', "messages is an empty list"),
+        (b'{"messages": "hi"}', "messages is a string"),
+        (b'{"messages": ["hi"]}', "messages[0] is a string"),
+        ({"messages": [{"role": "bot", "content": "x"}, REPLY]}, "messages[0].role is 'bot'"),
+        ({"messages": [{"content": "x"}, REPLY]}, "messages[0].role is null"),
+        ({"messages": [{"role": ["user"], "content": "x"}, REPLY]}, "messages[0].role is ['user']"),
+        ({"messages": [{"role": "user", "content": 5}, REPLY]}, "messages[0].content is a number"),
+        ({"messages": [{"role": "user", "content": True}, REPLY]}, "messages[0].content is a boolean"),
+        (
+            {"messages": [{"role": "user", "content": ""}, REPLY]},
+            "messages[0].content is empty, and the message is from the user",
+        ),
+        ({"messages": [GOOD["messages"][0], {"role": "assistant", "content": None}]}, "messages[1].content is empty"),
+        ({"messages": [GOOD["messages"][0]]}, "messages has no assistant message"),
+        ({"messages": [REPLY, GOOD["messages"][0]]}, "messages[1] is the last message and from the user"),
+        (
+            {"messages": [GOOD["messages"][0], {**REPLY, "weight": 0}]},
+            "messages has the weight 0 for all assistant messages",
+        ),
+        ({"messages": [GOOD["messages"][0], {**REPLY, "weight": True}]}, "messages[1].weight is True"),
+        ({"messages": [GOOD["messages"][0], {**REPLY, "weight": 2}]}, "messages[1].weight is 2"),
         ({"messages": [{**GOOD["messages"][0], "weight": 1}, REPLY]}, "only assistant messages may have one"),
         ({"messages": [REPLY, GOOD["messages"][0], REPLY]}, "first message"),
-        ({**GOOD, "tools": [{"type": "function"}]}, "tool 1 must be"),
-        ({**GOOD, "tools": {}, "functions": {"x": 1}}, "'functions' is an object; it must be a list"),
+        ({**GOOD, "tools": [{"type": "function"}]}, "tools[0] must be"),
+        ({**GOOD, "tools": {}, "functions": {"x": 1}}, "functions is an object; it must be a list"),
         ({**GOOD, "tools": [TOOL]}, "the template 'vicuna_v1.1' cannot offer tools to the model"),
-        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "a"}, REPLY]}, "answers the tool call 'a'"),
+        (
+            {"messages": [{"role": "tool", "content": "x", "tool_call_id": "a"}, REPLY]},
+            "messages[0].tool_call_id is 'a'",
+        ),
         (
             {"messages": [{**GOOD["messages"][0], "tool_calls": [CALL]}, REPLY]},
-            "message 1, from the user, has a tool call",
+            "messages[0].tool_calls is there on a message from the user",
         ),
         (
             {"messages": [GOOD["messages"][0], {**REPLY, "tool_calls": [{}]}]},
-            "message 2, tool call 1 must be an object",
+            "messages[1].tool_calls[0].id is null",
         ),
-        ({"messages": [GOOD["messages"][0], {**REPLY, "tool_calls": [{**CALL, "id": 1}]}]}, "has the id 1"),
+        (
+            {"messages": [GOOD["messages"][0], {**REPLY, "tool_calls": [{**CALL, "id": 1}]}]},
+            "messages[1].tool_calls[0].id is 1",
+        ),
         (
             {"messages": [GOOD["messages"][0], {"role": "assistant", "function_call": {"name": "f"}}]},
-            "'arguments' is null",
+            "messages[1].function_call.arguments is missing",
         ),
         (
             {
@@ -144,9 +160,9 @@ NESTED = b'{"messages": ' + b"[" * 10_000 + b"]" * 10_000 + b"}"
         ({"messages": [GOOD["messages"][0], {**REPLY, "tool_calls": [CALL]}]}, "messages[1] holds a tool call"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, REPLY]},
-            "content part of type 'image_url'; only text",
+            "messages[0].content[0] is a content part of type 'image_url'; only text",
         ),
-        ({"messages": [{"role": "user", "content": "a\0b"}, REPLY]}, "NUL character"),
+        ({"messages": [{"role": "user", "content": "a\0b"}, REPLY]}, "messages[0].content holds a NUL character"),
         (b'{"messages": [{"role": "user", "content": "\\ud83d"}]}', "half of a surrogate pair (\\ud83d)"),
         (b'{"messages": [{"role": "user", "content": "caf\xe9"}]}', "byte 47 (0xe9) is not UTF-8"),
         (b'{"messages": [], "messages": []}', "has the key 'messages' twice"),
@@ -164,15 +180,15 @@ def test_a_bad_line_is_named_with_what_is_wrong(line: Any, said: str, tiny_base:
     assert (check.error.code, check.error.param) == ("invalid_training_file", "training_file")
     assert "Line 11" in check.error.message and said in check.error.message
     assert len(check.error.message) < 500
-    assert check.warnings[0].startswith("Training file: Line 11")
+    assert check.problems[0].startswith("Training file: Line 11: ")
 
 
-def test_of_many_bad_lines_the_message_has_three_and_the_warnings_twenty(tiny_base: Path, tmp_path: Path) -> None:
+def test_of_many_bad_lines_the_message_has_three_and_the_problems_are_twenty(tiny_base: Path, tmp_path: Path) -> None:
     check = checked(tmp_path, tiny_base, [{"messages": n} for n in range(50)])
     assert check.error is not None
     assert check.error.message.startswith("The training file has 50 invalid example(s). Line 1: ")
     assert check.error.message.endswith("and 47 more")
-    assert len(check.warnings) == 20 and check.warnings[19].startswith("Training file: Line 20: ")
+    assert len(check.problems) == 20 and check.problems[19].startswith("Training file: Line 20: ")
 
 
 def test_the_validation_file_is_checked_likewise(tiny_base: Path, files: Path, tmp_path: Path) -> None:
@@ -197,7 +213,7 @@ def test_content_in_text_parts_and_the_developer_role_are_taken(tiny_base: Path,
     parts = {"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]}
     plain = {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}, REPLY]}
     same = {"messages": [{"role": "developer", "content": "Be kind."}, parts, REPLY]}
-    assert parse_example(plain) == parse_example(same)
+    assert read_messages(plain["messages"], "messages") == read_messages(same["messages"], "messages")
     assert checked(tmp_path, tiny_base, [same] * 10).error is None
 
 
@@ -205,8 +221,8 @@ def test_an_overlong_line_is_refused_without_being_held(tmp_path: Path) -> None:
     path = tmp_path / "file.jsonl"
     line = json.dumps(GOOD).encode()
     path.write_bytes(line + b"\n" + b'{"x": "' + b"a" * (5 << 20) + b'"}\n' + line)
-    found = list(read_jsonl(path, limit_bytes=1 << 20))
-    assert found[0] == (1, GOOD) and found[2] == (3, GOOD)
+    found = list(read_lines(path, limit_bytes=1 << 20))
+    assert found[0] == Line(1, GOOD) and found[2] == Line(3, GOOD)
     assert found[1] == BadLine(2, "is longer than 1 MiB; split the example into shorter ones")
 
 
@@ -223,7 +239,7 @@ def test_a_line_of_100_mb_is_refused_in_bounded_memory(tiny_base: Path, files: P
     done = subprocess.run([sys.executable, "-c", code, str(job.path)], capture_output=True, text=True, check=True)
     check = job.read_check()
     assert check is not None and check.error is not None
-    assert "Line 41: is longer than 32 MiB" in check.error.message
+    assert "Line 41: is longer than 8 MiB" in check.error.message
     assert int(done.stdout) < 160 << 10  # KiB, imports and all; the file is 100 MiB
 
 
@@ -232,13 +248,7 @@ def test_long_examples_are_shortened_and_counted(tiny_base: Path, tmp_path: Path
     check = checked(tmp_path, tiny_base, [GOOD] * 9 + [long], max_length=128)
     assert check.error is None
     assert check.n_truncated == 1
-    assert check.warnings[0].startswith("1 example(s) of the training file are longer than the model's 128 tokens")
-
-
-def test_a_method_that_cannot_be_trained_is_named(tiny_base: Path, files: Path, tmp_path: Path) -> None:
-    job = write_job(tmp_path / "job", tiny_base, files / "train.jsonl")
-    error = run_check(job, replace(job.read_spec(), method="dpo")).error
-    assert error is not None and (error.code, error.param) == ("unsupported_method", "method")
+    assert check.warnings[0].startswith("1 example of the training file is longer than 128 tokens and was shortened")
 
 
 def test_the_check_can_be_run_by_hand_again(tiny_base: Path, files: Path, tmp_path: Path) -> None:
@@ -248,16 +258,21 @@ def test_the_check_can_be_run_by_hand_again(tiny_base: Path, files: Path, tmp_pa
         assert job.read_check() is not None
 
 
-def test_auto_follows_the_size_of_the_data() -> None:
+def test_auto_follows_the_size_of_the_data_and_the_method() -> None:
     assert [auto_epochs(n) for n in (10, 33, 50, 1000, 10_000, 100_000)] == [10, 4, 3, 3, 2, 1]
-    assert [auto_batch_size(n) for n in (10, 64, 1000, 10_000, 1_000_000)] == [4, 8, 8, 20, 256]
-    assert resolve(Hyperparameters(), 10) == (10, 4, 1.0)
-    assert resolve(Hyperparameters(n_epochs=2, batch_size=64, learning_rate_multiplier=0.5), 10) == (2, 10, 0.5)
+    assert [auto_batch_size(n) for n in (10, 64, 1000, 10_000, 1_000_000)] == [4, 8, 8, 20, 64]
+    assert [auto_epochs(n, "dpo") for n in (10, 300, 100_000)] == [10, 2, 1]
+    assert [auto_batch_size(n, "kto") for n in (10, 300)] == [8, 16]
+    assert resolve(Hyperparameters(), 10) == Resolved(10, 4, 1.0, None)
+    assert resolve(Hyperparameters(), 300, "dpo") == Resolved(2, 8, 1.0, 0.1)
+    asked = Hyperparameters(n_epochs=2, batch_size=64, learning_rate_multiplier=0.5, beta=0.3)
+    assert resolve(asked, 10) == Resolved(2, 10, 0.5, None)
+    assert resolve(asked, 10, "orpo") == Resolved(2, 10, 0.5, 0.3)
 
 
 def test_a_bad_line_changes_nothing_of_the_others(tmp_path: Path) -> None:
     path = write_examples(tmp_path / "file.jsonl", 3)
     with path.open("ab") as file:
         file.write(b"oops\n" + json.dumps(GOOD).encode())
-    kinds = [type(line).__name__ for line in read_jsonl(path)]
-    assert kinds == ["tuple", "tuple", "tuple", "BadLine", "tuple"]
+    kinds = [type(line).__name__ for line in read_lines(path)]
+    assert kinds == ["Line", "Line", "Line", "BadLine", "Line"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from trl.trainer.utils import add_fused_lm_head
 from gateway.chat.render import IGNORED, TrainingSequence
 from gateway.jobdir import BaseRef, JobDir, Lora
 from trainer.batches import Batches, EpochOrder, fitting_pass_size, pad
-from trainer.dataset import Examples, load_examples, read_bundle
+from trainer.dataset import load_examples, read_bundle
+from trainer.examples import Examples
+from trainer.export.tensors import UnsupportedModel
 from trainer.model import add_lora, base_learning_rate, load_base
 from trainer.scoring import evaluating, score, token_logprobs
 
@@ -65,16 +68,38 @@ def test_only_the_adapter_learns_and_the_head_has_none(base: BaseRef) -> None:
     assert all(torch.equal(tensor, same[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_model_that_goes_on_begins_where_the_other_ended(base: BaseRef, finished_job: JobDir, tmp_path: Path) -> None:
+    model = add_lora(load_base(base), Lora(), seed=2, start=finished_job.adapter)
+    (item, *_) = json.loads((finished_job.adapter / "witness.json").read_text())["items"]
+    ids, first = item["prompt_ids"] + item["reply_ids"], len(item["prompt_ids"])
+    with evaluating(model):
+        assert token_logprobs(model, ids, first) == pytest.approx(item["tuned_logprobs"], abs=1e-5)
+        with model.disable_adapter():
+            assert token_logprobs(model, ids, first) == pytest.approx(item["base_logprobs"], abs=1e-5)
+    assert all(parameter.requires_grad == ("lora_" in name) for name, parameter in model.named_parameters())
+    shutil.copy(finished_job.adapter / "adapter_model.safetensors", tmp_path)
+    config = json.loads((finished_job.adapter / "adapter_config.json").read_text())
+    for other in ({"r": 8}, {"target_modules": ["q_proj"]}):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | other))
+        with pytest.raises(UnsupportedModel, match="does not fit this model"):
+            add_lora(load_base(base), Lora(), seed=2, start=tmp_path)
+
+
+def test_rslora_divides_by_the_root_of_the_rank(base: BaseRef) -> None:
+    model = add_lora(load_base(base), Lora(rank=4, alpha=8, use_rslora=True), seed=1)
+    assert model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj").scaling == {"default": 4.0}
+
+
 def test_the_loss_is_that_of_trls_own_head(base: BaseRef, examples: Examples) -> None:
     model = add_lora(load_base(base), Lora(rank=4, alpha=8), seed=1)
     batch = pad([sequence for number in range(6) for sequence in examples.sequences(number)])
-    ours = score(model, **batch)
+    ours = score(model, batch)
     add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
     mask = (batch["input_ids"] != 0).long()
     theirs = model(**batch, attention_mask=mask, fused_lm_head=True, use_cache=False)
     assert math.isclose(ours.loss.item(), -theirs.log_probs.sum().item(), rel_tol=1e-5)
     assert ours.correct == int(theirs.is_top1.sum())
-    assert ours.tokens == int(theirs.label_mask.sum())
+    assert ours.count == int(theirs.label_mask.sum())
 
 
 def test_padding_and_splitting_change_neither_loss_nor_gradients(base: BaseRef, examples: Examples) -> None:
@@ -83,7 +108,7 @@ def test_padding_and_splitting_change_neither_loss_nor_gradients(base: BaseRef, 
     found = []
     for groups in ([[*sequences, short]], [sequences[:3], [*sequences[3:], short]], [[s] for s in [*sequences, short]]):
         model = add_lora(load_base(base), Lora(rank=4, alpha=8), seed=1)
-        total = sum(score(model, **pad(group)).loss for group in groups)
+        total = sum(score(model, pad(group)).loss for group in groups)
         total.backward()
         norms = [p.grad.norm().item() for p in model.parameters() if p.grad is not None]
         found.append((total.item(), norms))
@@ -102,10 +127,7 @@ def test_token_logprobs_are_those_of_a_plain_forward(base: BaseRef) -> None:
 
 
 def test_a_conversation_counts_once_and_its_sequences_stay_together() -> None:
-    examples = Examples()
-    for number in range(10):
-        sequence = TrainingSequence([number + 1, 7], [IGNORED, 7])
-        examples.append([sequence] * (1 + number % 3))
+    examples = Examples.of([TrainingSequence([n + 1, 7], [IGNORED, 7])] * (1 + n % 3) for n in range(10))
     seen = []
     for batch in Batches(examples, batch_size=4, pass_size=4, seed=1):
         firsts = batch["input_ids"][:, 0].tolist()

@@ -17,19 +17,24 @@ _KEY_FILE, _PART = ".key", ".part"
 @contextmanager
 def complete_folder(path: Path) -> Iterator[Path]:
     """A new folder to write into; it takes the place of `path` when the block ends without an error."""
-    beside = path.parent / f"{_BESIDE}{path.name}"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    written = beside(path)
+    shutil.rmtree(written, ignore_errors=True)
+    written.mkdir(parents=True)
     try:
-        yield beside
-        _fsync_all(beside)
+        yield written
+        _fsync_all(written)
         if path.exists():
             shutil.rmtree(path)
-        os.replace(beside, path)
+        os.replace(written, path)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(written, ignore_errors=True)
         raise
     fsync_folder(path.parent)
+
+
+def beside(path: Path) -> Path:
+    """Where `path` is written until it is complete."""
+    return path.parent / f"{_BESIDE}{path.name}"
 
 
 @contextmanager
@@ -64,6 +69,27 @@ def complete_file(path: Path) -> Iterator[Path]:
     part.unlink(missing_ok=True)
     yield part
     os.replace(part, path)
+
+
+@contextmanager
+def workspace(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` to work in, gone afterwards; what a killed process left there goes first.
+
+    The block moves what it made to `out`, which is on the disk when this ends.
+    """
+    beside = out.parent / f"{_BESIDE}{out.name}"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        if out.is_dir():
+            _fsync_all(out)
+        else:
+            with out.open("rb") as file:
+                os.fsync(file.fileno())
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    fsync_folder(out.parent)
 
 
 def sweep(parent: Path) -> None:

@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 
 from trainer.export.base_gguf import rope_frequencies
-from trainer.export.gguf_metadata import TensorInfo, chat_templates, read_header
+from trainer.export.gguf_metadata import TEMPLATE_KEY, TensorInfo, chat_templates, read_header
 from trainer.export.hf_folder import usable_context
 from trainer.export.tensors import ARCHITECTURES, UnsupportedModel
 from trainer.export.tokenizers import tokenizer_json_of
@@ -70,6 +70,12 @@ class GgufFile:
                 "`template` in the settings), such as chatml, llama-3 or vicuna_v1.1"
             )
         return found
+
+    @property
+    def exported_template(self) -> str | None:
+        """The template.json of a tuned model that was exported."""
+        found = self.metadata.get(TEMPLATE_KEY)
+        return found if isinstance(found, str) else None
 
     @property
     def special_tokens(self) -> dict[str, str]:

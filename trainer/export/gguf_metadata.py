@@ -15,6 +15,7 @@ import numpy as np
 
 from trainer.export.tensors import UnsupportedModel
 
+TEMPLATE_KEY = "tunegate.template"  # template.json, in a file that was exported from here
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _NUMBERS = {

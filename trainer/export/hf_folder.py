@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gateway.chat.bundle import TEMPLATE_FILE
 from trainer.export.tensors import UnsupportedModel, text_config
 from trainer.export.tokenizers import tokenizer_json_of
 
@@ -79,6 +80,12 @@ class HfFolder:
         return found if isinstance(found, dict) else str(found)
 
     @property
+    def exported_template(self) -> str | None:
+        """The template.json of a tuned model that was exported."""
+        path = self.path / TEMPLATE_FILE
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+
+    @property
     def special_tokens(self) -> dict[str, str]:
         """The tokens that a chat template may name: bos_token, eos_token, …"""
         found: dict[str, str] = {}
@@ -103,7 +110,13 @@ class HfFolder:
     def tensors(self) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
         """Every tensor with its name, as float32, in the order of the files; one is in memory at a time."""
         for file in self._files:
-            yield from _read_safetensors(file)
+            yield from read_safetensors(file)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor, in the order of `tensors`."""
+        entries = (entry for file in self._files for entry in _read_header(file)[0].items())
+        return {name: tuple(entry["shape"]) for name, entry in entries}
 
     def _tensor_files(self) -> list[Path]:
         index = self.path / "model.safetensors.index.json"
@@ -141,8 +154,8 @@ def usable_context(config: dict[str, Any]) -> int:
     return min(limits)
 
 
-def _read_safetensors(path: Path) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-    """Read by hand because numpy has no bfloat16 and the library's numpy reader refuses it."""
+def read_safetensors(path: Path) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    """Every tensor with its name, as float32. By hand: numpy has no bfloat16, and the library's numpy reader refuses it."""
     header, start = _read_header(path)
     for name, entry in header.items():
         dtype = _DTYPES.get(entry["dtype"])

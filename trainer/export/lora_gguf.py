@@ -8,7 +8,6 @@ cannot be is refused.
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,8 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from trainer.export.lora import alpha_of, read_pairs
 from trainer.export.tensors import Layout, UnsupportedModel
-
-_PREFIX = "base_model.model."
-_PAIR = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
-_REFUSED = (
-    "use_dora",
-    "fan_in_fan_out",
-    "lora_bias",
-    "modules_to_save",
-    "trainable_token_indices",
-    "target_parameters",
-)
 
 
 def write_lora_gguf(
@@ -40,7 +29,7 @@ def write_lora_gguf(
 
     Raises UnsupportedModel for an adapter that llama.cpp could not apply as PEFT does.
     """
-    pairs = _pairs(tensors, config)
+    pairs = read_pairs(tensors, config)
     alpha = _folded_alpha(float(config["lora_alpha"]), int(config["r"]), config) or 1.0
     writer = gguf.GGUFWriter(str(path), layout.architecture)
     writer.add_type("adapter")
@@ -50,7 +39,7 @@ def write_lora_gguf(
         name = layout.to_gguf_name(f"{module}.weight")
         if name == "output.weight":
             raise UnsupportedModel("the adapter changes the LM head; take lm_head out of target_modules")
-        own_alpha = _folded_alpha(_alpha_of(module, config), down.shape[0], config)
+        own_alpha = _folded_alpha(alpha_of(module, config), down.shape[0], config)
         rows = layout.to_gguf_rows(name, up * (own_alpha / alpha))
         writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(down, np.float32))
         writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(rows, np.float32))
@@ -58,33 +47,6 @@ def write_lora_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _pairs(
-    tensors: dict[str, npt.NDArray[np.float32]], config: dict[str, Any]
-) -> dict[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
-    """By module: lora_A (rank, inputs) and lora_B (outputs, rank)."""
-    for key in _REFUSED:
-        if config.get(key):
-            raise UnsupportedModel(f"adapter_config.json sets {key}, which llama.cpp does not know")
-    halves: dict[str, dict[str, npt.NDArray[np.float32]]] = {}
-    for name, tensor in tensors.items():
-        match = _PAIR.fullmatch(name.removeprefix(_PREFIX))
-        if match is None or tensor.ndim != 2:
-            raise UnsupportedModel(f"the adapter holds '{name}', which is no LoRA weight of a linear layer")
-        halves.setdefault(match["module"], {})[match["half"]] = tensor
-    for module, found in halves.items():
-        if len(found) != 2:
-            raise UnsupportedModel(f"the adapter holds only lora_{next(iter(found))} of '{module}'")
-    return {module: (found["A"], found["B"]) for module, found in halves.items()}
-
-
-def _alpha_of(module: str, config: dict[str, Any]) -> float:
-    """A module's alpha; the first pattern that fits wins, as in PEFT: a regular expression for the end of its name."""
-    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return float(alpha)
-    return float(config["lora_alpha"])
 
 
 def _folded_alpha(alpha: float, rank: int, config: dict[str, Any]) -> float:

@@ -26,7 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from gateway.chat.bundle import TEMPLATE_FILE, TOKENIZER_FILE, bundle_of
+from gateway.chat.bundle import TEMPLATE_FILE, TOKENIZER_FILE, Bundle, bundle_of
 from gateway.chat.registry import template_from_source, template_named
 from gateway.chat.templates import Template
 from gateway.chat.tokenizer import Tokenizer
@@ -107,7 +107,7 @@ def prepare(
     found = GgufFile(source) if source.is_file() else HfFolder(source)
     name = name or out.name
     progress = progress or Progress(name)
-    bundle = bundle_of(_template(template, recipe, found), found.tokenizer_json, found.eos_token_ids)
+    bundle = _bundle(template, recipe, found)
     out.parent.mkdir(parents=True, exist_ok=True)
     if kind == HF_TYPE and isinstance(found, GgufFile):
         raise UnsupportedModel(
@@ -132,7 +132,7 @@ def prepare(
             "hf" if kind == HF_TYPE else "gguf": file.name,
             "digest": f"sha256:{folder_sha256(file) if kind == HF_TYPE else file_sha256(file)}",
             "template": template,
-            "eos_token_ids": found.eos_token_ids,
+            "eos_token_ids": list(bundle.eos_ids),
             "untrainable": untrainable,
             "kv_bytes_per_token": None if kind == HF_TYPE else kv_bytes_per_token(read_metadata(file)),
             **({"added": added} if added else {}),
@@ -229,6 +229,17 @@ def _resume_key(source: Path, name: str) -> str:
 def _read_recipe(path: Path) -> dict[str, Any]:
     recipe: dict[str, Any] = json.loads(sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes())
     return recipe
+
+
+def _bundle(name: str, recipe: dict[str, Any] | None, source: HfFolder | GgufFile) -> Bundle:
+    """What the base is asked through; the very bundle of a tuned model that was exported, unless another was named."""
+    if name != OWN_TEMPLATE or source.exported_template is None:
+        return bundle_of(_template(name, recipe, source), source.tokenizer_json, source.eos_token_ids)
+    files = {TEMPLATE_FILE: source.exported_template.encode(), TOKENIZER_FILE: source.tokenizer_json}
+    bundle = Bundle.from_files(files)
+    if problems := validate(bundle.template, bundle.tokenizer, bundle.eos_ids):
+        raise ValueError(f"the template that {source.path.name} brings cannot be used: {'; '.join(problems)}")
+    return bundle
 
 
 def _template(name: str, recipe: dict[str, Any] | None, folder: HfFolder | GgufFile) -> Template:

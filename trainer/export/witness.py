@@ -11,12 +11,18 @@ arithmetic alone makes 2%.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from copy import copy
 from typing import Any
 
-from peft import PeftModel
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from transformers import PreTrainedModel
 
 from gateway.chat.render import IGNORED
-from trainer.dataset import Examples
+from trainer.distributed import ALONE, Ranks
+from trainer.examples import Examples
+from trainer.model import load_adapter, wrap
 from trainer.scoring import evaluating, token_logprobs
 
 ITEMS, TOKENS = 6, 24
@@ -24,27 +30,67 @@ _CANDIDATES = 24
 
 
 class Witness:
-    """The chosen items and the base's view of them, computed once; `score` adds that of the adapter as it is now."""
+    """The chosen items and the base's view of them, computed once; `score` adds that of the adapter as it is now.
 
-    def __init__(self, examples: Examples, model: PeftModel, max_length: int) -> None:
+    A model whose base is not what is served (quantised, or rounded for a GPU) proves nothing about the engine: then
+    `load_served` gives the base as it is served, each time anew, and the adapter is scored on that. It costs a load, and the
+    memory of one, for as long as scoring takes.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        model: PeftModel,
+        max_length: int,
+        load_served: Callable[[], PreTrainedModel] | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self._items = _choose(examples, max_length - TOKENS)
-        with evaluating(model), model.disable_adapter():
-            self._base = [token_logprobs(model, prompt + drawn, len(prompt)) for prompt, drawn in self._items]
+        self._load_served = load_served
+        self._ranks = ranks
+        self._base: list[list[float]] | None = None
+        if load_served is None:
+            self._base = self._score_base(model)
 
-    def score(self, model: PeftModel) -> dict[str, Any]:
-        """The content of witness.json."""
+    def score(self, model: PeftModel, tensors: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
+        """The content of witness.json; `tensors` are the adapter's, where they had to be gathered.
+
+        Of several ranks all score, since each has a part of the weights; on a base loaded anew the first does, alone.
+        """
+        if self._load_served is not None:
+            if not self._ranks.is_first:
+                return {}
+            model = _moved(model, self._load_served(), tensors)
+        if self._base is None:
+            self._base = self._score_base(model)
+        return {
+            "items": [
+                {"prompt_ids": prompt, "reply_ids": drawn, "base_logprobs": base, "tuned_logprobs": tuned}
+                for (prompt, drawn), base, tuned in zip(self._items, self._base, self._score(model), strict=True)
+            ]
+        }
+
+    def _score_base(self, model: PeftModel) -> list[list[float]]:
+        with model.disable_adapter():
+            return self._score(model)
+
+    def _score(self, model: PeftModel) -> list[list[float]]:
         with evaluating(model):
-            return {
-                "items": [
-                    {
-                        "prompt_ids": prompt,
-                        "reply_ids": drawn,
-                        "base_logprobs": base,
-                        "tuned_logprobs": token_logprobs(model, prompt + drawn, len(prompt)),
-                    }
-                    for (prompt, drawn), base in zip(self._items, self._base, strict=True)
-                ]
-            }
+            return [self._inside(model, prompt + drawn, len(prompt)) for prompt, drawn in self._items]
+
+    def _inside(self, model: PeftModel, ids: list[int], first: int) -> list[float]:
+        ranks = self._ranks if self._load_served is None else ALONE
+        found: list[float] = ranks.inside(model, token_logprobs, model, ids, first)
+        return found
+
+
+def _moved(model: PeftModel, base: PreTrainedModel, tensors: dict[str, torch.Tensor] | None = None) -> PeftModel:
+    """The same adapter on another base."""
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False) if tensors is None else tensors
+    with torch.random.fork_rng(devices=[]):  # a fresh adapter draws from the numbers that dropout goes by
+        tuned = wrap(base, copy(model.peft_config["default"]))
+    load_adapter(tuned, tensors)
+    return tuned
 
 
 def _choose(examples: Examples, prompt_limit: int) -> list[tuple[list[int], list[int]]]:

@@ -1,0 +1,36 @@
+"""A job's method → its objective, imported only when it is asked for.
+
+Place in the flow: job.json, check.json → **methods** → loop.
+"""
+
+from __future__ import annotations
+
+from gateway.jobdir import Check, JobSpec
+from trainer.examples import Examples
+from trainer.scoring import Objective
+
+DEFAULT_BETA = 0.1  # OpenAI's for dpo, TRL's for all three
+
+
+def make_objective(spec: JobSpec, check: Check, training: Examples) -> Objective:
+    """What this job minimises."""
+    beta = DEFAULT_BETA if check.beta is None else check.beta
+    match spec.method:
+        case "supervised":
+            from trainer.sft import Supervised
+
+            return Supervised()
+        case "dpo":
+            from trainer.dpo import DirectPreference
+
+            return DirectPreference(beta, len(training))
+        case "kto":
+            from trainer.kto import KahnemanTversky, balanced_weights
+
+            n_desirable = int(training.desirable.sum())
+            weights = balanced_weights(n_desirable, len(training) - n_desirable)
+            return KahnemanTversky(beta, len(training), spec.max_length, *weights)
+        case "orpo":
+            from trainer.orpo import OddsRatio
+
+            return OddsRatio(beta)
