@@ -3,10 +3,10 @@
     python -m tests.soak [--kills N] [--minutes M] [--epochs E] [--seed S]
 
 A job on the demo model is trained once without a kill. Then the same job is created again, and while it trains somebody is
-killed with SIGKILL, N times spread over its steps (again over another such job, where it ended before): the trainer, at its start or
-a little behind some step, and every few times the gateway, which is started again. Each job must succeed with the adapter, the
-losses and the checkpoints of the first, bit for bit, each told once. Two kills in a row may find no new checkpoint, a third
-not: that is the job's budget.
+killed with SIGKILL, N times spread over its steps (again over another such job, where it ended before): the trainer, at its
+start or a little behind some step, and every few times the gateway, which is started again. Each job must succeed with the
+adapter, the losses and the checkpoints of the first, bit for bit, each told once. Two kills in a row may find no new
+checkpoint, a third not: that is the job's budget.
 """
 
 from __future__ import annotations
