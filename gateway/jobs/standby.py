@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gateway.engines.handle import ProcessHandle, exit_text
-from gateway.jobdir import LOCKED_EXIT_CODE, BaseRef, JobDir, JobSpec, Options
+from gateway.jobdir import LOCKED_EXIT_CODE, BaseRef, JobDir, JobSpec
+from gateway.jobs.priority import give_way
 
 logger = logging.getLogger("tunegate.jobs")
 
@@ -185,7 +186,10 @@ class Standby:
     async def train(self, folder: JobDir, spec: JobSpec) -> ProcessHandle | None:
         """The spare, which holds the job's lock now (or found it taken and ends); None when the job needs another trainer."""
         spare = self._spare
-        if spare is None or spare.busy or not self._fits(spec):
+        if spare is None or spare.busy:
+            return None
+        if not self._fits(spec):
+            self._let_go()  # its memory, and what it may still be importing, is in the way of the one that is started
             return None
         self._release()
         if spare.relaxed and not spare.ready:  # it would go on getting ready as slowly as it began
@@ -217,9 +221,9 @@ class Standby:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _fits(self, spec: JobSpec) -> bool:
-        """Whether the spare is what would be started for this job: one process, its threads, nothing that it left out."""
-        plain = spec.options.quantization == Options().quantization and not spec.needs_keys
-        return spec.threads == self._threads and spec.launch.processes == 1 and plain
+        """Whether the spare is what would be started for this job: its threads, no key, nothing that the imports left out."""
+        is_plain = spec.options.quantization == "none" and spec.launch.processes == 1
+        return is_plain and spec.threads == self._threads and not spec.needs_keys
 
     async def _start(self, relaxed: bool) -> None:
         starting = asyncio.ensure_future(asyncio.to_thread(self._spawn, relaxed))
@@ -257,8 +261,7 @@ class Standby:
         finally:
             os.close(stdin)
             os.close(stdout)
-        with contextlib.suppress(OSError):
-            Path(f"/proc/{child.pid}/oom_score_adj").write_text("500")  # as a trainer's
+        give_way(child.pid)
         return Spare(ProcessHandle.of_child(child), commands, answers, relaxed=relaxed)
 
     async def _watch(self, spare: Spare) -> None:

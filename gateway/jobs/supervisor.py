@@ -385,7 +385,10 @@ class Supervisor:
         """A trainer that is getting ready, unless as many as may are at work: it would take the processors from them."""
         if folder is not None:
             with contextlib.suppress(OSError):  # an earlier request's job, which is over
-                self._next_base = (await asyncio.to_thread(folder.read_spec)).base
+                spec = await asyncio.to_thread(folder.read_spec)
+                self._next_base = spec.base
+                if spec.launch.processes > 1:
+                    return  # one process is of no use to it
         others = [job_id for job_id in self._drives if folder is None or job_id != folder.path.name]
         if len(others) < self._settings.jobs.parallel:
             self._rested = False
