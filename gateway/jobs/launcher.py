@@ -81,6 +81,11 @@ class Launcher:
         if self._standby is not None:
             await self._standby.expect(base)
 
+    async def foresee(self, base: BaseRef | None) -> None:
+        """A job may come."""
+        if self._standby is not None:
+            await self._standby.foresee(base)
+
     async def rest(self, base: BaseRef | None) -> None:
         """No job is at work; the next one may be on this base."""
         if self._standby is not None:

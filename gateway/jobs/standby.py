@@ -49,6 +49,7 @@ class Spare:
         self.handle = handle
         self.relaxed = relaxed
         self.ready = False
+        self.base: BaseRef | None = None  # the last that it was told to load
         self._commands, self._answers = commands, answers
         self._unread = b""
         self._asked: asyncio.Future[str | None] | None = None
@@ -56,7 +57,8 @@ class Spare:
     def listen(self) -> None:
         """On the loop's thread, once."""
         self.handle.watch()
-        os.set_blocking(self._answers, False)
+        for pipe in (self._commands, self._answers):  # what is long at work may leave its pipe full
+            os.set_blocking(pipe, False)
         asyncio.get_running_loop().add_reader(self._answers, self._read)
 
     @property
@@ -64,7 +66,9 @@ class Spare:
         return self._asked is not None and not self._asked.done()
 
     def tell(self, command: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # it is gone, which is noticed by its exit
+        with contextlib.suppress(
+            OSError
+        ):  # it is gone, which is noticed by its exit, or takes no more: then it is no use
             os.write(self._commands, json.dumps(command).encode() + b"\n")
 
     def ask(self, command: dict[str, Any]) -> asyncio.Future[str | None]:
@@ -163,12 +167,18 @@ class Standby:
                 return
             if self._spare is None:
                 await self._start(relaxed)
-            if base is not None and self._spare is not None:
+            if base is not None and self._spare is not None and self._spare.base != base:
+                self._spare.base = base
                 self._spare.tell({"do": "load", "base": asdict(base), "relaxed": relaxed})
+
+    async def foresee(self, base: BaseRef | None) -> None:
+        """A job may come: there is a spare, if the mode and the memory have it so."""
+        if self._may_wait():
+            await self.expect(base)
 
     async def rest(self, base: BaseRef | None) -> None:
         """No job is at work: keeps a spare for the next one, or none, as the mode and the memory have it."""
-        if self._mode == "never" or (self._mode == "auto" and _available_bytes() < LEAST_MEMORY_BYTES):
+        if not self._may_wait():
             self._let_go()
             return
         await self.expect(base, relaxed=True)
@@ -219,6 +229,9 @@ class Standby:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _may_wait(self) -> bool:
+        return self._mode == "always" or (self._mode == "auto" and _available_bytes() >= LEAST_MEMORY_BYTES)
 
     def _fits(self, spec: JobSpec) -> bool:
         """Whether the spare is what would be started for this job: its threads, no key, nothing that the imports left out."""
