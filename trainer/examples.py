@@ -63,13 +63,13 @@ class Examples:
         for sequences in conversations:
             for sequence in sequences:
                 ids.extend(sequence.ids)
-                trained.extend(label != IGNORED for label in sequence.labels)
+                trained += (np.array(sequence.labels) != IGNORED).tobytes()
                 starts.append(len(ids))
             ends.append(len(starts) - 1)
         flags = [True] * (len(ends) - 1) if desirable is None else list(desirable)
         return cls(
             np.array(ids, np.int32),
-            np.array(trained, np.bool_),
+            np.frombuffer(trained, np.bool_),
             np.array(starts, np.int64),
             np.array(ends, np.int64),
             np.array(flags, np.bool_),

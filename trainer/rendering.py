@@ -61,6 +61,10 @@ class Renderer:
         except BadExample as error:
             return BadLine(line.number, error.reason, error.field, line.item)
 
+    def forget(self) -> None:
+        """Lets go of what is remembered of the lines so far: no later line goes on from them."""
+        self._how.bundle.tokenizer.forget()
+
     def _read(self, line: Line) -> list[Example]:
         form = form_of(line.value)
         if self._form is None or not isinstance(line.value, dict):

@@ -94,6 +94,7 @@ def render_chunk(renderer: Renderer, raws: list[Raw | BadLine]) -> tuple[Survey,
         survey.add(found)
         if isinstance(found, list):
             conversations += found
+    renderer.forget()
     return survey, _flat([] if survey.n_problems else conversations)
 
 

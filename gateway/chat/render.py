@@ -19,6 +19,9 @@ from gateway.chat.speech import offered
 
 IGNORED = -100
 QUICK_CHARACTERS = 4000  # what can be rendered and tokenised within about a millisecond
+_LONG_TURN = (
+    200  # characters from which a turn to learn goes on from its prompt's ids: the prompt was written just before
+)
 _MESSAGE_WEIGHT = 20  # characters that a message counts for besides its own
 
 
@@ -155,7 +158,7 @@ def _shared_sequences(
         open_.labels += writer.prompt_labels(added) + (reply if number in learnt else [IGNORED] * len(reply))
         if len(open_.ids) > max_length:
             return None
-    return [s for s in sequences if any(label != IGNORED for label in s.labels)]
+    return [s for s in sequences if s.labels.count(IGNORED) < len(s.labels)]
 
 
 def _fitted(
@@ -223,7 +226,7 @@ class _Writer:
         marked, said = [self._marked(message) for message in before], self._marked(reply)
         prompt = self._text(marked, generate=True)
         written = self._reply(prompt, self._text([*marked, said], generate=False), said)
-        prompt_ids, whole = self._ids(prompt), self._ids(prompt + written)
+        prompt_ids, whole = self._ids(prompt, _LONG_TURN), self._ids(prompt + written, _LONG_TURN)
         if whole[: len(prompt_ids)] == prompt_ids:
             reply_ids = whole[len(prompt_ids) :]
         else:  # The tokenizer would merge across the border; serving does not, so neither does training.
@@ -260,8 +263,9 @@ class _Writer:
             messages, generate=generate, tools=self._tools, options=self._options, quick=self._quick
         )
 
-    def _ids(self, text: str) -> list[int]:
-        ids, prefix = self._tokenizer.encode(text), self._tokenizer.prefix_ids
+    def _ids(self, text: str, long: int | None = None) -> list[int]:
+        ids = self._tokenizer.encode(text) if long is None else self._tokenizer.encode(text, long)
+        prefix = self._tokenizer.prefix_ids
         if not self._template.adds_bos or ids[: len(prefix)] == prefix:  # a template that writes BOS itself gets one
             return ids
         return prefix + ids

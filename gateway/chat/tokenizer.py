@@ -109,12 +109,13 @@ class Tokenizer:
         """As `Controls.mark`, for special tokens."""
         return self.controls.mark(text)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, long: int = _LONG) -> list[int]:
         """Ids of a rendered text: control tokens by name, marked ones as plain characters. No BOS is added.
 
         Equal to transformers' `sanitize_control_tokens=True` where marks are, to its plain encoding where none are.
+        From `long` characters on a known beginning is looked for.
         """
-        if len(text) < _LONG:
+        if len(text) < long:
             return self._encode(text)
         cuts = {m.end(): m[0] for m in self._added.finditer(text) if self._cuts_text(text, m)}
         borders = list(cuts)[-_LAST_BORDERS:]

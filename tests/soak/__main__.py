@@ -24,13 +24,14 @@ from typing import Any
 
 from openai import OpenAI, OpenAIError
 
-from gateway.jobdir import JobDir
+from gateway.jobdir import JobDir, read_events
 from tests.e2e import training
 from tests.server import Server
 
 EPOCHS = 25  # of six steps each, with a checkpoint
 GATEWAY_SHARE = 0.2  # of all kills
-LONGEST_S = 8.0  # from one kill to the next
+TRAINING_SHARE = 0.7  # of the kills, behind a first step: starting takes a trainer as long as many steps
+LONGEST_S = 3.0  # that a kill waits then
 UNLUCKY = 2  # kills in a row without a new checkpoint
 
 
@@ -57,6 +58,8 @@ class Soak:
         folder = JobDir(self.server.data / "jobs" / job.id)
         unlucky, newest = 0, 0
         while not self.is_done and not (folder.path / "result.json").exists():
+            if self.chance.random() < TRAINING_SHARE:
+                _wait_for_a_step(folder)
             time.sleep(self.chance.uniform(0, LONGEST_S))
             newest_now = _newest(folder)
             unlucky, newest = (unlucky, newest) if newest_now == newest else (0, newest_now)
@@ -146,6 +149,20 @@ def _outcome(server: Server, client: OpenAI, job_id: str) -> dict[str, Any]:
 def _newest(folder: JobDir) -> int:
     found = folder.checkpoints.glob("step-*") if folder.checkpoints.is_dir() else ()
     return max((int(path.name[5:]) for path in found), default=0)
+
+
+def _wait_for_a_step(folder: JobDir) -> None:
+    """Returns when the newest trainer has taken one, or is over."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (folder.path / "result.json").exists():
+        attempt = folder.next_attempt() - 1
+        if (
+            attempt
+            and folder.is_locked()
+            and any(e.type == "metrics" for e, _ in read_events(folder.events_path(attempt)))
+        ):
+            return
+        time.sleep(0.02)
 
 
 def _at_work_on(folder: JobDir) -> str:
