@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,17 +20,19 @@ class Embeddings:
     prompt_tokens: int
 
 
-async def embed(served: Served, inputs: Sequence[str | list[int]]) -> Embeddings:
-    """The vectors of texts or token ids. Raises RequestError, ContextLengthExceeded, EngineError."""
-    listed = await asyncio.to_thread(_inputs_as_ids, served, inputs)
+async def embed(served: Served, inputs: list[list[int]]) -> Embeddings:
+    """The vectors of what `inputs_as_ids` gave. Raises EngineError."""
     vectors: list[str] = []
-    for start in range(0, len(listed), INPUTS_AT_ONCE):
-        vectors += await _embedded(served, listed[start : start + INPUTS_AT_ONCE])
-    return Embeddings(vectors, sum(map(len, listed)))
+    for start in range(0, len(inputs), INPUTS_AT_ONCE):
+        vectors += await _embedded(served, inputs[start : start + INPUTS_AT_ONCE])
+    return Embeddings(vectors, sum(map(len, inputs)))
 
 
-def _inputs_as_ids(served: Served, inputs: Sequence[str | list[int]]) -> list[list[int]]:
-    """What is to be embedded as the model reads it: a text between what its tokenizer puts around one, ids as they are."""
+def inputs_as_ids(served: Served, inputs: Sequence[str | list[int]]) -> list[list[int]]:
+    """What is to be embedded as the model reads it: a text between what its tokenizer puts around one, ids as they are.
+
+    Raises RequestError, ContextLengthExceeded. Long texts take a while: called on a thread.
+    """
     tokenizer, listed = served.bundle.tokenizer, []
     for given in inputs:
         if isinstance(given, str):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from gateway.inference import CallDelta, Delta, Generation
+from gateway.chat.calls import CallDelta
+from gateway.generation import Delta, Generation
 from gateway.wire.chat import Usage, token_logprob
 
 

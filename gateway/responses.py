@@ -23,7 +23,8 @@ from gateway.errors import (
     StoreUnavailable,
     TunegateError,
 )
-from gateway.inference import Generation, Inference
+from gateway.generation import Generation
+from gateway.inference import Inference
 from gateway.patience import ask_patiently
 from gateway.replies import Reply, logprob_entries, usage_of
 from gateway.store import responses as statements

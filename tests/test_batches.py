@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 import httpx
@@ -235,6 +237,26 @@ def test_killed_again_and_again_a_batch_loses_and_doubles_no_line(own: Server) -
     assert batch.request_counts.completed == 40
     told = Counter(row["custom_id"] for row in rows_of(own, batch.output_file_id))
     assert told == Counter(f"line-{n}" for n in range(40))
+
+
+def test_a_batch_whose_day_is_over_keeps_what_was_answered_and_says_expired(own: Server) -> None:
+    batch = create(own, lines(60, max_tokens=200, ignore_eos=True))
+    deadline = time.monotonic() + 60
+    while not (counts := own.client().batches.retrieve(batch.id).request_counts) or counts.completed < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    own.kill()
+    with (
+        closing(sqlite3.connect(own.data / "tunegate.db")) as database,
+        database,
+    ):  # the day goes by while nobody is there
+        database.execute("UPDATE batches SET expires_at = ? WHERE id = ?", (int(time.time()) - 1, batch.id))
+    own.start()
+    batch = ended(own, batch, 20)
+    answered, rest = rows_of(own, batch.output_file_id), rows_of(own, batch.error_file_id)
+    assert batch.status == "expired" and batch.expired_at and len(answered) >= 2 and rest
+    assert {row["custom_id"] for row in answered + rest} == {f"line-{n}" for n in range(60)}
+    assert {row["error"]["code"] for row in rest} == {"batch_expired"}
 
 
 def test_next_to_live_requests_one_line_is_asked_at_a_time(own: Server) -> None:

@@ -15,11 +15,13 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from gateway.access import Caller
 from gateway.chat.bundle import Bundle, make_bundle
 from gateway.engines.catalog import Base, Catalog
 from gateway.engines.client import Deadlines
-from gateway.errors import TunegateError
+from gateway.errors import RateLimited, TunegateError
 from gateway.inference import Inference
+from gateway.limits import Bucket
 from gateway.routes import embeddings
 from gateway.settings import LimitSettings, Settings
 from tests.engines.parts import At, pool_of
@@ -147,3 +149,19 @@ async def test_what_breaks_a_rule_is_refused_with_its_param(
         with pytest.raises(NotFoundError):
             await sdk.embeddings.create(model="nobody", input="a")
         assert (await sdk.embeddings.create(model="pooled", input="a")).data
+
+
+async def test_more_tokens_than_a_key_has_are_refused_before_an_engine_is_asked(
+    workers: dict[str, RunningWorker], bundle: Bundle
+) -> None:
+    catalog = Catalog(Deadlines(30, 30))
+    engine = pool_of(RunningEngine(workers["pooled"]), name="base")
+    catalog.add_base(Base("pooled", bundle, engine, "base", 512, 1, cast(Any, None)))
+    inference, caller = Inference(catalog, 8), Caller(allowance=Bucket(None, 5))
+    with pytest.raises(RateLimited, match="its prompt has 8 tokens"):
+        await inference.embed("pooled", [[3] * 8], caller=caller)
+    assert (await inference.embed("pooled", [[3] * 4], caller=caller)).prompt_tokens == 4
+    with pytest.raises(RateLimited, match="requested 4"):
+        await inference.embed("pooled", [[3] * 4], caller=caller)
+    assert inference.in_flight == 0
+    catalog.close()

@@ -96,13 +96,15 @@ class WorkerFolder:
                 # `-m` looks in the working directory first: it must be ours, not one with some other `gateway` in it.
                 cwd=Path(gateway.__file__).parent.parent,
             )
-        handle = ProcessHandle.of_child(child)
+        handle: ProcessHandle | None = None
         try:
+            handle = ProcessHandle.of_child(child)
             write_json(self.spawn_record, self._record(handle.pid, handle.start_time, port, launch))
-        except OSError:  # a full disk: a worker that nobody would find again must not stay
+        except OSError:  # a full disk, no descriptor left: a worker that nobody would find again must not stay
             child.kill()
             child.wait()
-            handle.close()
+            if handle is not None:
+                handle.close()
             raise
         return handle
 

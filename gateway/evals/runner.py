@@ -17,9 +17,10 @@ from typing import Any
 from gateway.access import Caller
 from gateway.errors import RateLimited, RequestError, StoreUnavailable, TunegateError
 from gateway.evals.data import Row, read_rows
+from gateway.generation import Generation
 from gateway.grading.graders import Graders, add_usage, sample_of
 from gateway.grading.placeholders import FillError, fill_all, look_up
-from gateway.inference import Generation, Inference
+from gateway.inference import Inference
 from gateway.patience import ask_patiently
 from gateway.replies import Reply, usage_of
 from gateway.store import evals as statements

@@ -11,13 +11,15 @@ import orjson
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from gateway.inference import Delta, Generation, Inference
+from gateway.generation import Delta, Generation
+from gateway.inference import Inference
 from gateway.replies import Reply, logprob_entries, usage_of
 from gateway.routes import caller_of
 from gateway.routes.body import read_asked
 from gateway.routes.passing import pass_on
-from gateway.routes.reply import DONE, Departure, new_id, send_events, send_json
+from gateway.routes.reply import DONE, Departure, send_events, send_json
 from gateway.routes.stored_completions import keep_completion
+from gateway.store.ids import new_id
 from gateway.wire import chat as wire
 
 _Keep = Callable[[dict[str, Any]], Awaitable[None]]
@@ -35,29 +37,29 @@ class ChatCompletions:
             return await pass_on(inference, upstream, "/chat/completions", body, caller, receive, send)
         request = wire.parse(body)
         keep = None if request.kept is None else partial(keep_completion, state.store, request.kept, caller.project_id)
-        generation = await inference.chat(
-            request.model,
-            request.messages,
-            request.sampling,
-            caller=caller,
-            stream=request.stream,
-            tool_use=request.tools.use,
-            options=request.options or None,
-            arguments=request.tools.arguments,
-        )
-        departure = Departure(receive, generation.cancel)
-        try:
-            if request.stream:
-                await send_events(send, _events(request, generation, keep))
-            else:
-                reply = await _whole(request, generation)
-                if not departure.gone:
-                    if keep is not None:
-                        await keep(reply)
-                    await send_json(send, orjson.dumps(reply))
-        finally:
-            departure.over()
-            generation.cancel()
+        with Departure(receive) as departure:
+            generation = await inference.chat(
+                request.model,
+                request.messages,
+                request.sampling,
+                caller=caller,
+                stream=request.stream,
+                tool_use=request.tools.use,
+                options=request.options or None,
+                arguments=request.tools.arguments,
+            )
+            departure.ends(generation.cancel)
+            try:
+                if request.stream:
+                    await send_events(send, _events(request, generation, keep))
+                else:
+                    reply = await _whole(request, generation)
+                    if not departure.gone:
+                        if keep is not None:
+                            await keep(reply)
+                        await send_json(send, orjson.dumps(reply))
+            finally:
+                generation.cancel()
 
 
 async def _events(request: wire.ChatRequest, generation: Generation, keep: _Keep | None) -> AsyncIterator[bytes]:

@@ -14,11 +14,13 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.access import Caller
 from gateway.errors import RequestError
-from gateway.inference import Delta, Generation, Inference, TokenLogprob
+from gateway.generation import Delta, Generation, TokenLogprob
+from gateway.inference import Inference
 from gateway.routes import caller_of
 from gateway.routes.body import read_asked
 from gateway.routes.passing import pass_on
-from gateway.routes.reply import DONE, Departure, new_id, send_events, send_json
+from gateway.routes.reply import DONE, Departure, send_events, send_json
+from gateway.store.ids import new_id
 from gateway.wire import completions as wire
 from gateway.wire.chat import Usage
 
@@ -40,15 +42,15 @@ class Completions:
             for generation in generations:
                 generation.cancel()
 
-        try:
-            for prompt in request.prompts:
-                generations.append(await _ask(inference, request, prompt, caller))
-            echoes = [
-                inference.prompt_text(request.model, prompt, caller=caller) if request.echo else ""
-                for prompt in request.prompts
-            ]
-            departure = Departure(receive, cancel)
+        with Departure(receive) as departure:
             try:
+                for prompt in request.prompts:
+                    generations.append(await _ask(inference, request, prompt, caller))
+                echoes = [
+                    inference.prompt_text(request.model, prompt, caller=caller) if request.echo else ""
+                    for prompt in request.prompts
+                ]
+                departure.ends(cancel)
                 if request.stream:
                     await send_events(send, _events(request, generations, echoes))
                 else:
@@ -61,9 +63,7 @@ class Completions:
                     if not departure.gone:
                         await send_json(send, body)
             finally:
-                departure.over()
-        finally:
-            cancel()
+                cancel()
 
 
 async def _ask(

@@ -11,7 +11,7 @@ from gateway.inference import Inference
 from gateway.routes import caller_of
 from gateway.routes.body import read_asked
 from gateway.routes.passing import pass_on
-from gateway.routes.reply import send_json
+from gateway.routes.reply import Departure, send_json
 from gateway.wire import embeddings as wire
 
 
@@ -26,8 +26,9 @@ class CreateEmbeddings:
         if (upstream := state.catalog.upstream(body.get("model"))) is not None:
             return await pass_on(inference, upstream, "/embeddings", body, caller, receive, send)
         asked = wire.parse(body)
-        made = await inference.embed(asked.model, asked.inputs, caller=caller)
-        await send_json(send, await asyncio.to_thread(wire.embeddings, asked, made.vectors, made.prompt_tokens))
+        with Departure(receive):
+            made = await inference.embed(asked.model, asked.inputs, caller=caller)
+            await send_json(send, await asyncio.to_thread(wire.embeddings, asked, made.vectors, made.prompt_tokens))
 
 
 routes = [Route("/v1/embeddings", CreateEmbeddings(), methods=["POST"])]

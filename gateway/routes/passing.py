@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -32,28 +31,18 @@ async def pass_on(
 ) -> None:
     """Answers a request by asking the upstream; when the client leaves, the upstream's connection is closed at once."""
     asked = wire.check(path, body)
-    passing = asyncio.ensure_future(_pass_on(inference, upstream, path, asked, caller, send))
-    departure = Departure(receive, passing.cancel)  # type: ignore[arg-type]
+    with Departure(receive):
+        async with inference.passing(caller):
+            await _pass_on(upstream, path, asked, send)
+
+
+async def _pass_on(upstream: Upstream, path: str, body: dict[str, Any], send: Send) -> None:
+    reply = await upstream.ask(path, body)
     try:
-        await passing
-    except asyncio.CancelledError:
-        passing.cancel()
-        if not departure.gone:
-            raise
+        await send({"type": "http.response.start", "status": reply.status, "headers": reply.headers})
+        await _send_chunks(reply, send)
     finally:
-        departure.over()
-
-
-async def _pass_on(
-    inference: Inference, upstream: Upstream, path: str, body: dict[str, Any], caller: Caller, send: Send
-) -> None:
-    async with inference.passing(caller):
-        reply = await upstream.ask(path, body)
-        try:
-            await send({"type": "http.response.start", "status": reply.status, "headers": reply.headers})
-            await _send_chunks(reply, send)
-        finally:
-            await reply.close()
+        await reply.close()
 
 
 async def _send_chunks(reply: UpstreamReply, send: Send) -> None:

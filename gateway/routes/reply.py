@@ -1,11 +1,12 @@
-"""What chat and plain completions share on the way out: ids, headers, a watch for the client leaving, the event stream."""
+"""What chat and plain completions share on the way out: headers, a watch for the client leaving, the event stream."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections.abc import AsyncIterator, Callable
+from types import TracebackType
+from typing import Self
 
 import orjson
 from starlette.responses import Response
@@ -38,27 +39,45 @@ def error_response(error: TunegateError) -> Response:
     return Response(error_bytes(error), error.status, headers, "application/json")
 
 
-def new_id(prefix: str) -> str:
-    return prefix + secrets.token_hex(12)
-
-
 class Departure:
-    """Notices that the client left, and calls `cancel` at once; `gone` says so afterwards."""
+    """Notices that the client left, and ends at once what is done for it: this task, or what `ends` names.
 
-    def __init__(self, receive: Receive, cancel: Callable[[], None]) -> None:
-        self._receive, self._cancel = receive, cancel
+        with Departure(receive) as departure:
+            generation = await inference.chat(…)  # is cancelled when the client leaves
+            departure.ends(generation.cancel)  # from here on, that is called instead
+            …
+
+    `gone` says so afterwards. The cancellation of its own making ends with the block.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
         self.gone = False
-        self._task = asyncio.ensure_future(self._watch())
 
-    def over(self) -> None:
-        """The reply is complete: nothing is watched any more."""
-        self._task.cancel()
+    def __enter__(self) -> Self:
+        waiting = asyncio.current_task()
+        assert waiting is not None
+        self._waiting = waiting
+        self._end: Callable[[], object] = waiting.cancel
+        self._watching = asyncio.ensure_future(self._watch())
+        return self
+
+    def ends(self, end: Callable[[], object]) -> None:
+        self._end = end
+        if self.gone:
+            end()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        self._watching.cancel()
+        return self.gone and kind is asyncio.CancelledError and self._waiting.uncancel() == 0
 
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
         self.gone = True
-        self._cancel()
+        self._end()
 
 
 async def send_json(send: Send, body: bytes, status: int = 200) -> None:

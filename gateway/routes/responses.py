@@ -35,18 +35,18 @@ class CreateResponse:
             else:
                 await JSONResponse(row.body)(scope, receive, send)
             return
-        answer = await responses.begin(request, caller)
-        departure = Departure(receive, answer.cancel)
-        try:
-            if request.stream:
-                await send_events(send, _frames(answer.events()))
-            else:
-                response = await answer.whole()
-                if not departure.gone:
-                    await send_json(send, orjson.dumps(response))
-        finally:
-            departure.over()
-            answer.cancel()
+        with Departure(receive) as departure:
+            answer = await responses.begin(request, caller)
+            departure.ends(answer.cancel)
+            try:
+                if request.stream:
+                    await send_events(send, _frames(answer.events()))
+                else:
+                    response = await answer.whole()
+                    if not departure.gone:
+                        await send_json(send, orjson.dumps(response))
+            finally:
+                answer.cancel()
 
 
 class RetrieveResponse:

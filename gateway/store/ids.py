@@ -9,4 +9,4 @@ ID_CHARS = string.ascii_letters + string.digits
 
 
 def new_id(prefix: str) -> str:
-    return prefix + "".join(secrets.choice(ID_CHARS) for _ in range(24))
+    return prefix + secrets.token_hex(12)

@@ -142,8 +142,9 @@ def test_a_response_in_the_background_is_made_while_nobody_waits(client: OpenAI)
 
 def test_what_was_cancelled_stays_cancelled(client: OpenAI) -> None:
     queued = [
-        client.responses.create(model=MODEL, input="Count from one to a thousand.", background=True) for _ in range(6)
+        client.responses.create(model=MODEL, input="Count from one to a thousand.", background=True) for _ in range(20)
     ]
+    queued.reverse()  # the last one waits for all the others
     cancelled = [client.responses.cancel(response.id) for response in queued]
     time.sleep(0.3)
     for response, told in zip(queued, cancelled, strict=True):
