@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .PHONY: help setup demo serve stop test vllm test-vllm check format lint conformance parity bench-gateway bench-llama
-.PHONY: bench-rendering bench-listing clean clean-venv
+.PHONY: bench-rendering bench-listing bench-trainer soak clean clean-venv
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -68,8 +68,14 @@ bench-rendering: $(READY) ## what rendering 8k tokens costs, and the next turn o
 bench-llama: $(READY) ## the llama worker beside llama-server and llama-cpp-python's server (BENCH="--quick" for two minutes)
 	@$(BIN)/python -m tests.bench.llama_worker $(BENCH)
 
+bench-trainer: $(READY) ## the trainer beside plain TRL, and a job's phases, warm and cold (BENCH="--quick" for two minutes)
+	@$(BIN)/python -m tests.bench.trainer $(BENCH)
+
 bench-listing: $(READY) ## a page of a list, in a store of 100 and in one of 10,000 jobs and 100,000 events
 	@$(BIN)/python -m tests.bench.listing
+
+soak: $(READY) ## kill a job's trainer and its gateway a hundred times, and compare the bytes (SOAK="--kills 20" for a part)
+	@$(BIN)/python -m tests.soak $(SOAK)
 
 clean: ## remove what tests and tools leave behind (not .venv, not data)
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.* htmlcov

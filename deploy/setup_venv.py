@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
-EXTRAS = "llama,train,dev"
+EXTRAS = "llama,train,quantize,track,dev"
 OLDEST_PYTHON = (3, 11)
 # llama.cpp's AMX kernels crash on every batch of two tokens or more with q4_0 and q8_0 weights; AVX-512 stays on.
 AMX_OFF = ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16")

@@ -13,6 +13,7 @@ import uvicorn
 
 from gateway import __version__
 from gateway.errors import SettingsError
+from gateway.export_command import export
 from gateway.jobdir import Turns
 from gateway.keys_command import cli as keys_cli
 from gateway.models_command import cli as models_cli
@@ -25,6 +26,7 @@ cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 cli.add_typer(models_cli, name="models")
 cli.add_typer(keys_cli, name="keys")
+cli.command()(export)
 cli.command()(usage)
 
 
@@ -43,6 +45,7 @@ def serve(
     """Serve the API until SIGTERM or Ctrl-C; ready when /readyz answers 200."""
     from gateway.app import create_app  # the other commands start without it
     from gateway.connection import Connection, Server
+    from gateway.jobs.torchrun import read_launch
     from gateway.keys import require_key
     from gateway.logs import set_up
     from gateway.store.datadir import DataDir
@@ -57,6 +60,7 @@ def serve(
         settings = read_settings()
         set_up(settings.log_level, settings.log_format)
         settings_entries(settings.templates)
+        read_launch(settings.jobs)
         if not is_loopback(settings.host):
             require_key(settings.data_dir, settings.host)
         data_dir = DataDir.open(settings.data_dir)

@@ -28,6 +28,7 @@ from gateway.routes import (
     completions,
     embeddings,
     evals,
+    exports,
     files,
     fine_tuning,
     graders,
@@ -57,6 +58,7 @@ ROUTES = [
     *responses.routes,
     *completions.routes,
     *embeddings.routes,
+    *exports.routes,
     *models.routes,
     *files.routes,
     *fine_tuning.routes,
@@ -88,7 +90,7 @@ def create_app(settings: Settings, data_dir: DataDir, read_settings: Callable[[]
             app.state.catalog, app.state.inference = house.catalog, house.inference
             app.state.starting = house.starting
             app.state.request_metrics, app.state.tracer = house.request_metrics, tracer
-            app.state.keyring, app.state.batches = house.keyring, house.batches
+            app.state.keyring, app.state.batches, app.state.exports = house.keyring, house.batches, house.exports
             house.batches.start(app)
             app.state.supervisor = house.supervisor
             app.state.responses, app.state.graders, app.state.evals = house.responses, house.graders, house.evals

@@ -33,7 +33,7 @@ RESOURCES: dict[str, access.Scope] = {
     "embeddings": "infer",
     "responses": "infer",
     "moderations": "infer",
-    "models": "infer",  # DELETE: tune
+    "models": "infer",  # to delete or export one: tune
     "batches": "infer",
     "files": "files",
     "uploads": "files",
@@ -204,7 +204,7 @@ def scope_of(method: str, path: str) -> access.Scope:
     if len(parts) < 3 or parts[0] or parts[1] != "v1":
         return "infer" if path in TEMPLATE_PROBES else "admin"
     resource = parts[2]
-    if resource == "models" and method == "DELETE":
+    if resource == "models" and method not in ("GET", "HEAD"):
         return "tune"
     if resource == "templates" and method not in ("GET", "HEAD"):
         return "admin"  # a template changes what others are served through

@@ -31,6 +31,7 @@ from gateway.engines.residents import Resident, Residents
 from gateway.engines.routing_metrics import register_routing
 from gateway.errors import EngineUnavailable, SettingsError, TunegateError
 from gateway.evals.runner import EvalRunner
+from gateway.exports import Exports
 from gateway.fleet import Fleet
 from gateway.grading.graders import Graders
 from gateway.inference import Inference
@@ -104,6 +105,8 @@ class House:
             lines_at_once=self.settings.limits.batch_lines,
             max_line_bytes=self.settings.limits.body_bytes,
         )
+        self.exports = Exports(self.store, self.blobs, self.data_dir.path / "exports")
+        await self.exports.open()
         await self.templates.open(self.store)
         self.supervisor = Supervisor(
             self.store,
@@ -155,6 +158,7 @@ class House:
         await asyncio.gather(*starting, return_exceptions=True)
         await self.imports.stop()
         await self.batches.stop()
+        await self.exports.stop()
         await self.evals.stop()
         await self.responses.stop()
         await self.supervisor.stop()
@@ -236,7 +240,9 @@ class House:
             engine = await self._make_engine(name, settings, prepared, context)
             base = Base(name, bundle, engine, name, context, created_at, prepared)
             await self.templates.add_base(base, aliases, settings.options)
-            for row in await self.store.read(lambda connection: model_statements.of_base(connection, name)):
+            rows = await self.store.read(lambda connection: model_statements.of_base(connection, name))
+            engine.first_use.offer(_adapter(row) for row in rows if row.step_number is not None)
+            for row in rows:
                 await self.publish(row)
             await self.residents.add(await asyncio.to_thread(self._resident, engine, settings))
             if engine.started:
@@ -266,7 +272,7 @@ class House:
     async def _make_engine(self, name: str, settings: BaseSettings, prepared: PreparedBase, context: int) -> Pool:
         engine = await self.fleet.pool(name, settings, prepared, context)
         rows = await self.store.read(lambda connection: model_statements.of_base(connection, name))
-        engine.set_desired(Adapter(row.engine_name, Path(row.adapter_path), name, row.adapter_digest) for row in rows)
+        engine.set_desired(_adapter(row) for row in rows if row.step_number is None)
         return engine
 
     def _resident(self, engine: Pool, settings: BaseSettings) -> Resident:
@@ -315,6 +321,10 @@ class House:
         """The bundle in a folder; adapters trained through the same one share it."""
         bundle = await asyncio.to_thread(_read_bundle, folder)
         return self._bundles.setdefault(bundle.digest, bundle)
+
+
+def _adapter(row: ModelRow) -> Adapter:
+    return Adapter(row.engine_name, Path(row.adapter_path), row.base, row.adapter_digest)
 
 
 def _read_bundle(folder: Path) -> Bundle:

@@ -169,6 +169,11 @@ class JobSpec:
     trackers: tuple[Tracker, ...] = ()  # those of the integrations and of the settings, one of a kind
     predictions: int = 0  # how many validation prompts are answered at each evaluation, for the trackers
 
+    @property
+    def needs_keys(self) -> bool:
+        """Whether the trainer's environment must hold a tracker's key."""
+        return any(TRACKER_SECRETS[tracker.kind] for tracker in self.trackers)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -77,6 +77,8 @@ class JobSettings(Section, frozen=True):
     queued: int = 100  # jobs that may wait
     threads: int | None = None  # None: all processors
     standby: Literal["auto", "always", "never"] = "auto"  # a trainer that is ready before there is a job
+    processes: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1  # that train one job together
+    sharding: Literal["none", "fsdp", "zero2", "zero3"] = "none"  # how they split the model between them
     hang_timeout_s: float = 1800.0
     share: Literal["beside", "wait", "sleep"] = "beside"  # what the engines do while a job trains on the same GPU
 

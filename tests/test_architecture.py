@@ -129,6 +129,14 @@ ARROWS: dict[str, set[str]] = {
         "gateway.errors",
         "gateway.jobdir",
     },
+    "gateway.export_plan": {"gateway.errors"},
+    "gateway.exports": {
+        "gateway.access",
+        "gateway.errors",
+        "gateway.export_plan",
+        "gateway.jobs",
+        "gateway.store",
+    },
     "gateway.model_source": {"gateway.bases", "gateway.errors"},
     "gateway.models": {"gateway", "gateway.bases", "gateway.errors", "gateway.jobdir", "gateway.store"}
     | {"gateway.model_source"},
@@ -139,6 +147,7 @@ ARROWS: dict[str, set[str]] = {
         "gateway.openapi",
         "gateway.errors",
         "gateway.evals",
+        "gateway.export_plan",
         "gateway.grading",
         "gateway.generation",
         "gateway.inference",
@@ -154,7 +163,7 @@ ARROWS: dict[str, set[str]] = {
 }
 # Where every object is built and handed in: these may import any room of the gateway.
 BUILDERS = {"gateway", "gateway.app", "gateway.house", "gateway.__main__", "gateway.models_command"}
-BUILDERS |= {"gateway.keys_command", "gateway.usage_command"}
+BUILDERS |= {"gateway.export_command", "gateway.keys_command", "gateway.usage_command"}
 
 # What no process that serves requests may carry.
 HEAVY = {"torch", "vllm", "llama_cpp", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate"}

@@ -90,6 +90,19 @@ def test_the_options_of_models_add_are_those_the_readme_lists() -> None:
     assert set(re.findall(r"--[a-z-]+", line)) == set(re.findall(r"--[a-z-]+", help_text)) - everywhere
 
 
+def test_the_options_of_export_are_those_the_readme_lists() -> None:
+    (line,) = re.findall(r"^tunegate export .*$", README, re.MULTILINE)
+    help_text = subprocess.run(
+        [sys.executable, "-m", "gateway", "export", "--help"],
+        env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert set(re.findall(r"--[a-z-]+", line)) == set(re.findall(r"--[a-z-]+", help_text)) - {"--help"}
+
+
 @pytest.mark.parametrize("number", range(len(code_blocks("sh"))))
 def test_shell_examples_of_the_readme_run(number: int, server: Server) -> None:
     block = on(server, code_blocks("sh")[number])
@@ -107,10 +120,12 @@ def test_python_examples_of_the_readme_run(number: int, server: Server) -> None:
 def test_settings_examples_of_the_readme_are_taken(tmp_path: Path) -> None:
     from gateway.settings import load_settings
 
-    bases, vllm, engines = code_blocks("toml")
+    tracking, bases, vllm, engines = code_blocks("toml")
     config = tmp_path / "tunegate.toml"
-    config.write_text(bases + engines)
+    config.write_text(tracking + bases + engines)
+    (tmp_path / "wandb.key").write_text("secret")
     settings = load_settings(config, {"JUDGE_KEY": "secret"}, {})
+    assert settings.tracking.wandb_api_key_file == str((tmp_path / "wandb.key").resolve())
     assert [engine.model for engine in settings.engines] == ["my-llama", "judge"]
     config.write_text(vllm.replace("/opt/vllm/bin/python", sys.executable))
     assert load_settings(config, {}, {}).engines[0].kind == "vllm"

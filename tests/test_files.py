@@ -24,6 +24,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.errors import TunegateError
+from gateway.exports import Exports
 from gateway.routes import files
 from gateway.routes.body import ClientLeft
 from gateway.settings import LimitSettings, Settings
@@ -82,6 +83,7 @@ def serve(data: Path) -> Iterator[Server]:
     asyncio.run(sweep_all(store, blobs))
     app = Starlette(routes=files.routes, exception_handlers={TunegateError: tell, ClientLeft: say_nothing})
     app.state.store, app.state.blobs = store, blobs
+    app.state.exports = Exports(store, blobs, data / "exports")
     app.state.settings = Settings(limits=LimitSettings(file_bytes=LIMIT_BYTES))
     listener = socket.create_server(("127.0.0.1", 0))
     uvicorn_server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))

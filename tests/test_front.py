@@ -122,4 +122,5 @@ def test_a_path_that_is_not_known_needs_admin_and_is_one_series() -> None:
         scope_of("GET", "/v1/whatever") == scope_of("GET", "//v1/chat") == scope_of("POST", "/v1/templates") == "admin"
     )
     assert scope_of("GET", "/v1/templates") == "infer" and scope_of("DELETE", "/v1/models/a/b") == "tune"
+    assert scope_of("GET", "/v1/models/a/b") == "infer" and scope_of("POST", "/v1/models/a/b/export") == "tune"
     assert {resource_of(path) for path in ("/v1/x", "/", "/v1", "/v1//x", "/healthz")} == {"other"}

@@ -52,6 +52,8 @@ def test_paths_of_bases_are_relative_to_the_file(tmp_path: Path) -> None:
         ("[bases.x]\npath = '.'\n[aliases]\nx = 'x'", "already the name"),
         ("port = ", "not valid TOML"),
         ("[engines]\nmemory_bytes = 1", "engines"),
+        ("[jobs]\nprocesses = 0", "processes"),
+        ("[jobs]\nprocesses = 2\nsharding = 'zero'", "sharding"),
     ],
 )
 def test_what_makes_no_sense_refuses_to_start_and_says_why(tmp_path: Path, text: str, words: str) -> None:

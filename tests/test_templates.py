@@ -267,6 +267,9 @@ async def test_an_override_reaches_a_base_under_all_its_names_but_no_tuned_model
             and catalog.base_for_tuning("alias", "default").bundle is changed
         )
         assert catalog.model("ft:tiny:x", "default").bundle is prepared
+        assert catalog.base_for_tuning("ft:tiny:x", "default").bundle is prepared, (
+            "to preview it, and to train it further"
+        )
     async with opened(tmp_path, "vicuna_v1.1", prepared) as (templates, catalog):
         assert catalog.model("alias", "default").bundle.digest == changed.digest, "after a restart too"
         await templates.remove("vicuna_v1.1")

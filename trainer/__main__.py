@@ -17,7 +17,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from gateway.jobdir import (
     LOCKED_EXIT_CODE,
@@ -32,9 +32,10 @@ from gateway.jobdir import (
 from trainer.check import run_check
 from trainer.checkpoints import steps_taken, take_as_result
 from trainer.dataset import prepare_examples, read_bundle, stored_examples
-from trainer.events import EventLog, told_checkpoints
+from trainer.events import EventLog, Silence, told_checkpoints
 from trainer.examples import Examples, StaleExamples
 from trainer.export.folder import sweep
+from trainer.group import LostRanks, RankFailed, is_lost, threads_of_rank, train_together
 from trainer.libraries import import_libraries, set_environment
 from trainer.stopping import Diverged, InvalidLoss, Paused
 from trainer.tracking.followers import Tracking, owed
@@ -81,8 +82,11 @@ def work(job: JobDir, *, check_only: bool = False, warmth: Warmth | None = None)
     return 0
 
 
-def run(job: JobDir, warmth: Warmth | None = None) -> Result | None:
-    """Trains the job to its end, whatever that is, or until it is paused (None). OSError where trying again may help."""
+def run(job: JobDir, warmth: Warmth | None = None, rank: int | None = None) -> Result | None:
+    """Trains the job to its end, whatever that is, or until it is paused (None). OSError where trying again may help.
+
+    With `rank` as one of several processes (see `rank`); a job for several is handed to `group` where it is None.
+    """
     spec, check = None, None
     try:
         spec = job.read_spec()
@@ -92,25 +96,35 @@ def run(job: JobDir, warmth: Warmth | None = None) -> Result | None:
             job.write_check(check)
         if check.error is not None:
             return Result("failed", check.error)
-        sweep(job.path)
-        if not job.adapter.is_dir() or owed(job, spec):  # the adapter may be there: killed just before the result
+        if rank is None:
+            sweep(job.path)
+        if rank is None and spec.launch.processes > 1 and not job.adapter.is_dir():
+            train_together(job, spec)
+            if not job.adapter.is_dir():
+                return None  # all of them ended well, and without a result: paused
+        elif not job.adapter.is_dir() or owed(job, spec):  # the adapter may be there: killed just before the result
             told = told_checkpoints(job)
             with (  # before the imports: seen to be at work
-                EventLog(job.events_path(job.next_attempt())) as events,
-                Tracking(job, spec, events) as tracking,
+                Silence() if rank else EventLog(job.events_path(job.next_attempt())) as events,
+                Tracking(job, () if rank else spec.trackers, events) as tracking,
             ):
                 if not job.adapter.is_dir():
-                    _train(job, spec, check, events, told, tracking, warmth)
-                tracking.on_end("succeeded")
+                    _train(job, spec, check, events, told, tracking, warmth, rank)
+                if job.adapter.is_dir():
+                    tracking.on_end("succeeded")
         steps = steps_taken(job)  # fewer than all where it stopped early
         return Result("succeeded", None, check.n_tokens * check.n_epochs * steps // check.total_steps, steps)
     except Paused as paused:
         print(f"{job.path}: {paused}", file=sys.stderr)
         return None
+    except RankFailed as failed:
+        return Result("failed", failed.error)
     except Exception as error:  # the process boundary: logged, and recorded as the job's failure
         if not _is_out_of_memory(error):
             if isinstance(error, OSError):
                 raise
+            if rank is not None and is_lost(error):
+                raise LostRanks(str(error)) from error
             if any(words in str(error) for words in _STORAGE_FAILURES):
                 raise OSError(f"{job.path} cannot be written: {error}") from error
         traceback.print_exc()
@@ -125,10 +139,12 @@ def _train(
     told: set[int],
     tracking: Tracking,
     warmth: Warmth | None,
+    rank: int | None,
 ) -> None:
+    threads = spec.threads if rank is None else threads_of_rank(spec)
     # torch, transformers and peft take seconds to import: only a job that will train pays for them
     if warmth is None:
-        set_environment(spec.threads)
+        set_environment(threads)
         sharded = spec.launch.sharding in ("zero2", "zero3")
         import_libraries(quantised=spec.options.quantization != "none", sharded=sharded)
     else:
@@ -136,30 +152,30 @@ def _train(
     import torch
 
     from trainer import arithmetic, loop, model
-    from trainer.export.adapter import write_adapter
+    from trainer.distributed import ALONE, join
     from trainer.methods import make_objective
     from trainer.progress import Progress
     from trainer.reference import freeze_reference
     from trainer.tracking.samples import Samples
 
-    torch.set_num_threads(spec.threads)
+    torch.set_num_threads(threads)
+    ranks = ALONE if rank is None else join(spec.launch.sharding)
     training, validation = _examples(job, spec)
     numbers = arithmetic.choose(spec.options)
     start = job.start if spec.starts_from is not None else None
-    base = (numbers.base_is_exact and warmth and warmth.take(spec.base)) or model.load_base(spec.base, numbers)
-    tuned = model.add_lora(base, spec.lora, spec.seed, start)
+    base = warmth.take(spec.base) if warmth is not None and numbers == arithmetic.EXACT else None
+    tuned = model.add_lora(base or model.load_base(spec.base, numbers), spec.lora, spec.seed, start)
     if start is not None and spec.method in ("dpo", "kto"):
         freeze_reference(tuned)
     objective = make_objective(spec, check, training)
-    # Each process of a sharded model has a part of it, and all would have to answer together.
-    if spec.trackers and spec.predictions and validation is not None and spec.launch.sharding == "none":
+    # Each process of several may have a part of the model, and all would have to answer together.
+    if spec.trackers and spec.predictions and validation is not None and spec.launch.processes == 1:
         tracking.sample_with(Samples(events.path.parent, tuned, validation, read_bundle(job), spec.predictions))
-    progress = Progress(events, check, tuned, validation, told, objective, job, spec.options, tracking)
-    trained = loop.train(loop.Run(job, spec, check, tuned, training, validation, objective, numbers), progress)
-    if trained.best is not None:
-        take_as_result(job, trained.best)
-    else:
-        write_adapter(job.adapter, tuned, job, spec, trained.witness.score(tuned))
+    progress = Progress(events, check, tuned, validation, told, objective, job, spec.options, tracking, ranks)
+    run = loop.Run(job, spec, check, tuned, training, validation, objective, numbers, ranks=ranks)
+    trained = loop.train(run, progress)
+    if ranks.is_first:
+        take_as_result(job, trained)
     events.sync()
 
 
@@ -194,5 +210,12 @@ def _explained(error: Exception, spec: JobSpec | None, check: Check | None) -> T
     return TrainerError("trainer_error", f"The trainer stopped unexpectedly. {type(error).__name__}: {error}")
 
 
+def leave(code: int) -> NoReturn:
+    """Ends this process as it is: taking torch's objects apart one by one takes as long as some steps, and somebody waits."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

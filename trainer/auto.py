@@ -1,7 +1,7 @@
 """What "auto" comes to: epochs, batch size, learning rate and beta, from the method and from how much data there is.
 
-Place in the flow: check, preview. Pure. The model's size is in the learning rate that the multiplier multiplies, which falls
-with the width (`trainer.model.base_learning_rate`); the multipliers here are for what the method does to it.
+Place in the flow: check, preview. Pure. The multiplier is 1: the model's size and the method are in the learning rate that it
+multiplies (`trainer.model.base_learning_rate`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ _EPOCHS_AT_MOST = 25
 _EPOCHS = {"supervised": 3, "orpo": 3, "dpo": 2, "kto": 2}
 _BATCH_AT_LEAST = {"supervised": 8, "orpo": 8, "dpo": 8, "kto": 16}
 _BATCH_AT_MOST = 64
-_MULTIPLIERS = {"supervised": 1.0, "orpo": 0.5, "dpo": 0.1, "kto": 0.1}
 _BETAS: dict[str, float | None] = {"supervised": None, "orpo": 0.1, "dpo": 0.1, "kto": 0.1}
 
 
@@ -42,7 +41,7 @@ def resolve(asked: Hyperparameters, n_examples: int, method: Method = "supervise
     return Resolved(
         epochs,
         min(batch, max(1, n_examples)),
-        _MULTIPLIERS[method] if multiplier == "auto" else multiplier,
+        1.0 if multiplier == "auto" else multiplier,
         beta,
     )
 

@@ -16,6 +16,7 @@ from gateway.chat.render import IGNORED, TrainingSequence
 from trainer.examples import Examples
 
 _BATCHES_SORTED_TOGETHER = 16
+FILLER = "filler"  # in a pass that only keeps this rank in step with the others: its loss counts nothing
 _PAD = 0  # any id will do: padding is on the right, and no position looks to its right
 
 
@@ -95,25 +96,38 @@ def collate(
 class EpochOrder(Sampler[list[int]]):
     """Batches of conversation numbers, shuffled anew each epoch; a batch comes in passes of `pass_size`.
 
+    With several ranks each has its share of every batch, in as many passes as the others: one that has nothing left gets a
+    filler, a conversation whose number is past the last one's.
+
     Conversations of like length share a batch: each stretch of some batches is sorted by length, then the batches are
     shuffled. On short requests to an assistant that saves a fifth of the work, which was padding.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, pass_size: int, seed: int) -> None:
-        """`pass_size` divides `batch_size`."""
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, pass_size: int, seed: int, rank: int = 0, world: int = 1
+    ) -> None:
+        """`pass_size` divides a rank's share of `batch_size`."""
         self.lengths, self.batch_size, self.pass_size, self.seed = lengths, batch_size, pass_size, seed
+        self.rank, self.world = rank, world
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return math.ceil(len(self.lengths) / self.pass_size)
+        full, short = divmod(len(self.lengths), self.batch_size)
+        return full * self._count_passes(self.batch_size) + self._count_passes(short)
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self._batches():
-            for start in range(0, len(batch), self.pass_size):
-                yield batch[start : start + self.pass_size]
+            share = batch[self.rank :: self.world]  # of like length on all ranks: a batch is sorted
+            for number in range(self._count_passes(len(batch))):
+                start = number * self.pass_size
+                yield share[start : start + self.pass_size] or [batch[0] + len(self.lengths)]
+
+    def _count_passes(self, size: int) -> int:
+        """How many passes a batch of `size` conversations takes, the same on every rank."""
+        return math.ceil(math.ceil(size / self.world) / self.pass_size)
 
     def _batches(self) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
@@ -141,15 +155,18 @@ class Batches(DataLoader[dict[str, torch.Tensor]]):
         *,
         packed: bool = False,
         width: int | None = None,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
-        self.order = EpochOrder(examples.lengths(), batch_size, pass_size, seed)
+        self.order = EpochOrder(examples.lengths(), batch_size, pass_size, seed, rank, world)
 
         def make_pass(numbers: list[int]) -> dict[str, torch.Tensor]:
-            made = collate(examples, numbers, packed=packed, width=width)
-            return {**made, "numbers": torch.tensor(numbers)}
+            own = [number % len(examples) for number in numbers]
+            made = {**collate(examples, own, packed=packed, width=width), "numbers": torch.tensor(own)}
+            return made if own == numbers else {**made, FILLER: torch.tensor(True)}
 
         super().__init__(
-            range(len(examples)),
+            range(2 * len(examples)),  # see EpochOrder
             batch_sampler=self.order,
             collate_fn=make_pass,
             generator=torch.Generator(),  # else each epoch draws from the one that dropout goes by
@@ -159,7 +176,7 @@ class Batches(DataLoader[dict[str, torch.Tensor]]):
         self.order.set_epoch(epoch)
 
 
-def fitting_pass_size(batch_size: int, longest: int, token_budget: int = 16_384) -> int:
+def fitting_pass_size(batch_size: int, longest: int, token_budget: int) -> int:
     """How many conversations fit one pass: the largest divisor of `batch_size` that keeps to the budget of tokens.
 
     `longest` is what a conversation needs at the most, all its sequences padded alike.

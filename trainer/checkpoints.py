@@ -9,6 +9,7 @@ absent, and the adapter of a step is there before its checkpoint, so whoever is 
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -66,7 +67,15 @@ def drop_old(job: JobDir, best_step: int | None) -> None:
 def take_as_result(job: JobDir, adapter: Path) -> None:
     """Makes a checkpoint's adapter the job's: the same files."""
     with complete_folder(job.adapter) as folder:
-        shutil.copytree(adapter, folder, dirs_exist_ok=True)
+        shutil.copytree(adapter, folder, copy_function=_link, dirs_exist_ok=True)
+
+
+def _link(source: str, target: str) -> None:
+    """Adapters are never changed in place, so the same file may be in both folders."""
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
 
 
 def _remove(folder: Path) -> None:

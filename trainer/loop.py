@@ -26,15 +26,15 @@ from transformers.trainer_callback import PrinterCallback
 
 from gateway.jobdir import Check, JobDir, JobSpec, write_json
 from trainer.arithmetic import EXACT, Arithmetic, needs_checkpointing
-from trainer.batches import Batches, fitting_pass_size
+from trainer.batches import FILLER, Batches, fitting_pass_size
 from trainer.checkpoints import drop_old, newest_checkpoint, open_checkpoints, served_checkpoints, step_of
+from trainer.distributed import ALONE, Ranks, route, shard_on_cpu
 from trainer.examples import Examples
 from trainer.export.adapter import write_adapter, write_peft_files
-from trainer.export.folder import complete_folder
 from trainer.export.witness import Witness
 from trainer.model import base_learning_rate, load_adapter, load_base
 from trainer.progress import Progress
-from trainer.scoring import Objective
+from trainer.scoring import Objective, Score
 from trainer.stopping import Paused
 
 _OBJECTIVE_FILE = "objective.safetensors"
@@ -53,44 +53,54 @@ class Run:
     validation: Examples | None
     objective: Objective
     arithmetic: Arithmetic = EXACT
+    pass_tokens: int = 16_384  # that may go through the model at once; a larger batch comes in passes
+    ranks: Ranks = ALONE
 
     def load_served_base(self) -> PreTrainedModel:
         """The base anew, with the very weights that the engine has."""
         return load_base(self.spec.base)
 
 
-def train(run: Run, progress: Progress) -> Trained:
-    """Trains `run.model` to its end, from the newest checkpoint if there is one. Raises InvalidLoss, Diverged, Paused."""
+def train(run: Run, progress: Progress) -> Path:
+    """Trains `run.model` to its end, from the newest checkpoint if there is one. Raises InvalidLoss, Diverged, Paused.
+
+    Gives the adapter folder of the checkpoint that is the result: the last, or the best where early stopping was asked for.
+    """
     open_checkpoints(run.job)
+    if run.ranks.world > 1:
+        route(run.model)
     began = time.monotonic()
     witness = Witness(  # before the first step: the base's view of it
         run.validation or run.training,
         run.model,
         run.spec.max_length,
         None if run.arithmetic.base_is_exact else run.load_served_base,
+        run.ranks,
     )
     progress.forecast.saved(time.monotonic() - began)
     trainer = LoopTrainer(run, witness, progress)
     newest = newest_checkpoint(run.job)
     if newest is not None:
         progress.resumed(step_of(newest), newest)
+        load_adapter(run.model, load_file(newest / "adapter_model.safetensors"))
+        for name, tensor in load_file(newest / _OBJECTIVE_FILE).items():
+            run.objective.state[name].copy_(tensor)
     if not progress.stopping.is_over:  # else killed behind its last checkpoint
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     if progress.paused:
         raise Paused(progress.metrics["step"])
-    best = None
-    if progress.stopping.patience is not None:
-        progress.tell_best()
-        best = served_checkpoints(run.job) / f"step-{progress.stopping.best_step}"
-    return Trained(witness, best)
+    if progress.stopping.patience is None:
+        return served_checkpoints(run.job) / f"step-{progress.metrics['step']}"
+    progress.tell_best()
+    return served_checkpoints(run.job) / f"step-{progress.stopping.best_step}"
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What a run came to: the model as it is now, or the adapter of an earlier, better checkpoint."""
-
-    witness: Witness
-    best: Path | None
+def save_adapter(run: Run, witness: Witness, path: Path) -> None:
+    """Writes the adapter as it is now: all ranks score the witness and gather the tensors, the first one writes."""
+    tensors = run.ranks.adapter(run.model)
+    scored = witness.score(run.model, tensors)
+    if run.ranks.is_first:
+        write_adapter(path, run.model, run.job, run.spec, scored, tensors)
 
 
 class LoopTrainer(Trainer):
@@ -100,7 +110,8 @@ class LoopTrainer(Trainer):
 
     def __init__(self, run: Run, witness: Witness, progress: Progress) -> None:
         self.run, self.witness, self.progress = run, witness, progress
-        self.pass_size = fitting_pass_size(run.check.batch_size, _most_tokens(run.training))
+        self.rank_size = math.ceil(run.check.batch_size / run.ranks.world)  # conversations of a batch for each rank
+        self.pass_size = fitting_pass_size(self.rank_size, _most_tokens(run.training), run.pass_tokens)
         super().__init__(
             model=run.model,
             args=self._config(),
@@ -109,6 +120,8 @@ class LoopTrainer(Trainer):
             callbacks=[progress],
         )
         self.remove_callback(PrinterCallback)
+        if self.args.activation_checkpointing:  # else nothing that goes into a frozen layer asks for a gradient
+            run.model.enable_input_require_grads()
 
     def get_train_dataloader(self) -> Batches:
         run = self.run
@@ -122,7 +135,15 @@ class LoopTrainer(Trainer):
             run.spec.seed,
             packed=run.spec.options.packing,
             width=width,
+            rank=run.ranks.rank,
+            world=run.ranks.world,
         )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp_plugin_args is not None and self.args.use_cpu:
+            shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, torch.Tensor]], num_batches: int, device: torch.device
@@ -137,8 +158,8 @@ class LoopTrainer(Trainer):
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device
     ) -> torch.Tensor | int | None:
-        count = torch.tensor(sum(self.run.objective.count(inputs) for inputs in batch_samples), device=device)
-        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+        counts = [self.run.objective.count(inputs) for inputs in batch_samples if FILLER not in inputs]
+        return torch.tensor(self.run.ranks.total(sum(counts))[0], device=device)
 
     def compute_loss(
         self,
@@ -147,12 +168,22 @@ class LoopTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Summed over what the objective counts in this pass, divided by what it counts in the whole batch."""
-        with self.run.arithmetic.autocast():
-            found = self.run.objective.score(self.run.model, inputs)
+        """Summed over what the objective counts in this pass, divided by what it counts in the whole batch.
+
+        Times the ranks, since their gradients are averaged.
+        """
+        run = self.run
+        is_filler = inputs.pop(FILLER, None) is not None
+        if run.ranks.world > 1:
+            # What was computed once is known to one rank: all compute it again, and so stay in step.
+            inputs.pop("numbers", None)
+        with run.arithmetic.autocast():
+            found: Score = run.ranks.inside(model, run.objective.score, run.model, inputs)
+        if is_filler:
+            found = Score(found.loss * 0.0, 0, 0, dict.fromkeys(found.extras, 0.0))
         self.progress.tally(found)
         assert num_items_in_batch is not None, "the loss is normalised by what is counted in the whole batch"
-        return found.loss / max(1, int(num_items_in_batch))
+        return found.loss / max(1, int(num_items_in_batch)) * run.ranks.world
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Nobody asks, and counting costs a walk over all parameters each step."""
@@ -166,12 +197,12 @@ class LoopTrainer(Trainer):
             use_cpu=not run.arithmetic.gpu,
             bf16=False,  # `compute_loss` opens the context itself: it calls parts of the model that accelerate does not wrap
             fp16=run.arithmetic.precision == "fp16",  # for its scaling of the loss
-            gradient_checkpointing=self._checkpoints_activations(),
-            gradient_checkpointing_kwargs={"use_reentrant": False},
+            activation_checkpointing=self._checkpoints_activations(),
+            activation_checkpointing_kwargs={"use_reentrant": False},
             seed=run.spec.seed,
             num_train_epochs=check.n_epochs,
             per_device_train_batch_size=self.pass_size,
-            gradient_accumulation_steps=check.batch_size // self.pass_size,
+            gradient_accumulation_steps=self.rank_size // self.pass_size,
             learning_rate=check.learning_rate_multiplier * rate,
             lr_scheduler_type=_SCHEDULERS[options.scheduler],
             warmup_steps=math.ceil(options.warmup_ratio * check.total_steps),
@@ -186,6 +217,7 @@ class LoopTrainer(Trainer):
             eval_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            **run.ranks.arguments(),
         )
 
     def _checkpoints_activations(self) -> bool:
@@ -195,7 +227,8 @@ class LoopTrainer(Trainer):
         tokens = self.pass_size * _most_tokens(self.run.training)
         share = self.run.check.n_trained_tokens / max(1, self.run.check.n_tokens)
         config, free_bytes = self.run.model.config, torch.cuda.mem_get_info()[0]
-        return needs_checkpointing(config, tokens, math.ceil(share * tokens), free_bytes, self.run.arithmetic)
+        needed = needs_checkpointing(config, tokens, math.ceil(share * tokens), free_bytes, self.run.arithmetic)
+        return self.run.ranks.first_says(needed)
 
     def _clip_grad_norm(self, model: PeftModel) -> torch.Tensor | float | None:
         norm: torch.Tensor | float | None = super()._clip_grad_norm(model)
@@ -206,26 +239,25 @@ class LoopTrainer(Trainer):
     def _save_checkpoint(self, model: PeftModel, trial: Any) -> None:
         """The servable adapter first, then what resuming needs, then the event: each implies the one before."""
         step = self.state.global_step
-        job = self.run.job
+        job, ranks = self.run.job, self.run.ranks
         if self.progress.is_listed:  # one that is only for a pause is nobody's model
-            adapter = served_checkpoints(job) / f"step-{step}"
-            write_adapter(adapter, self.run.model, job, self.run.spec, self.witness.score(self.run.model))
-        with complete_folder(job.checkpoints / f"step-{step}") as folder:
-            write_peft_files(folder, self.run.model)
+            save_adapter(self.run, self.witness, served_checkpoints(job) / f"step-{step}")
+        tensors = ranks.adapter(self.run.model)
+        with ranks.folder(job.checkpoints / f"step-{step}") as folder:
             self._save_optimizer_and_scheduler(str(folder))
             self._save_rng_state(str(folder))
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-            save_file(self.run.objective.state, folder / _OBJECTIVE_FILE)
-            write_json(folder / "progress.json", self.progress.state())
+            if ranks.is_first:
+                write_peft_files(folder, self.run.model, tensors)
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+                save_file(self.run.objective.state, folder / _OBJECTIVE_FILE)
+                write_json(folder / "progress.json", self.progress.state())
         self.progress.checkpoint_written()
-        stopping = self.progress.stopping
-        drop_old(job, None if stopping.patience is None else stopping.best_step)
+        if ranks.is_first:
+            stopping = self.progress.stopping
+            drop_old(job, None if stopping.patience is None else stopping.best_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PeftModel | None = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        load_adapter(self.run.model, load_file(folder / "adapter_model.safetensors"))
-        for name, tensor in load_file(folder / _OBJECTIVE_FILE).items():
-            self.run.objective.state[name].copy_(tensor)
+        """Done before the model was wrapped: see `train`."""
 
 
 def _most_tokens(examples: Examples) -> int:

@@ -18,7 +18,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
@@ -37,9 +45,14 @@ def load_base(base: BaseRef, arithmetic: Arithmetic = EXACT) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": arithmetic.base_dtype}
     if arithmetic.quantization != "none":
         options["quantization_config"] = _quantization(arithmetic)
-        options["device_map"] = {"": "cuda:0" if arithmetic.gpu else "cpu"}
+        options["device_map"] = {"": torch.cuda.current_device() if arithmetic.gpu else "cpu"}
     folder = Path(base.path)
     model = _load_hf(folder / base.hf, arithmetic, options) if base.hf else _load_gguf(base, arithmetic, options)
+    for (
+        module
+    ) in model.modules():  # bitsandbytes packs the weights of whoever is asked in eval mode anew, for a CPU's bf16
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # instructions, and from then on its gradients are wrong
+            module.support_avx512bf16_for_cpu = False
     model.config.use_cache = False
     model.name_or_path = base.name  # what adapter_config.json will name; never a path of this machine
     model.config._name_or_path = base.name
@@ -150,12 +163,17 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int, start: Path | None =
         for name in ("r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern"):
             if name in shape:
                 setattr(config, name, shape[name])
-    with warnings.catch_warnings():  # this PEFT asks by a name that this transformers calls old
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        tuned: PeftModel = get_peft_model(model, config)
+    tuned = wrap(model, config)
     if start is not None:
         load_adapter(tuned, load_file(start / "adapter_model.safetensors"))
     return tuned
+
+
+def wrap(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """PEFT's model with a fresh adapter."""
+    with warnings.catch_warnings():  # this PEFT asks by a name that this transformers calls old
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(model, config)
 
 
 def load_adapter(model: PeftModel, state: dict[str, torch.Tensor]) -> None:

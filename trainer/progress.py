@@ -20,11 +20,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from gateway.jobdir import Check, JobDir, Options, read_json
 from trainer.batches import collate
+from trainer.distributed import ALONE, Ranks
 from trainer.events import EventLog
 from trainer.examples import Examples
 from trainer.forecast import Forecast
 from trainer.scoring import Objective, Score, evaluating
-from trainer.stopping import Divergence, EarlyStopping
+from trainer.stopping import Divergence, EarlyStopping, InvalidLoss
 from trainer.tracking.followers import Tracking
 
 _PROGRESS_EVERY_S = 2.0
@@ -45,6 +46,7 @@ class Progress(TrainerCallback):
         job: JobDir | None = None,
         options: Options | None = None,
         tracking: Tracking | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """`told` are the steps whose checkpoint an earlier attempt has announced; `job` is asked whether to pause."""
         options = options or Options()
@@ -56,9 +58,9 @@ class Progress(TrainerCallback):
         self._divergence = Divergence()
         self._events, self._check, self._model, self._validation, self._told = events, check, model, validation, told
         self._objective, self._job, self._checkpoint_steps = objective, job, options.checkpoint_steps
-        self._tracking = tracking
+        self._tracking, self._ranks = tracking, ranks
         self._extras: dict[str, float]
-        self._loss, self._correct, self._count, self._extras = 0.0, 0, 0, {}
+        self._loss, self._correct, self._count, self._extras = 0.0, 0.0, 0.0, {}
         self._per_epoch = math.ceil(check.n_examples / check.batch_size)
         self._valid_every = math.ceil(check.total_steps / _VALIDATIONS_PER_JOB)
         self.forecast = Forecast(
@@ -127,7 +129,13 @@ class Progress(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         step, total = state.global_step, state.max_steps
-        loss = self._loss / max(1, self._count)
+        if not math.isfinite(self._loss):  # before the ranks' losses are added up: the one that has it is to say so
+            raise InvalidLoss(step, self._loss)
+        names = sorted(self._extras)
+        loss, correct, count, *extras = self._ranks.total(
+            self._loss, self._correct, self._count, *(self._extras[name] for name in names)
+        )
+        loss /= max(1, count)
         self._divergence.see(step, loss, self.gradient_norm)
         self.forecast.stepped(time.monotonic() - self._began)
         self.is_listed = self._is_checkpoint(step) or step == total
@@ -135,11 +143,11 @@ class Progress(TrainerCallback):
             "step": step,
             "total_steps": total,
             "train_loss": loss,
-            "train_mean_token_accuracy": self._correct / max(1, self._count),
-            **{f"train_{name}": value / max(1, self._count) for name, value in self._extras.items()},
+            "train_mean_token_accuracy": correct / max(1, count),
+            **{f"train_{name}": value / max(1, count) for name, value in zip(names, extras, strict=True)},
             **self._validate(step),
         }
-        self._loss, self._correct, self._count, self._extras = 0.0, 0, 0, {}
+        self._loss, self._correct, self._count, self._extras = 0.0, 0.0, 0.0, {}
         if self.is_listed and "full_valid_loss" in self.metrics:
             self.stopping.see(step, self.metrics["full_valid_loss"])
         self._events.write("metrics", _sentence(self.metrics), self.metrics)
@@ -155,7 +163,7 @@ class Progress(TrainerCallback):
         return step % self._per_epoch == 0 or bool(self._checkpoint_steps and step % self._checkpoint_steps == 0)
 
     def _is_pause_asked(self) -> bool:
-        return self._job is not None and self._job.pause.exists()
+        return self._job is not None and self._ranks.first_says(self._job.pause.exists())
 
     def _validate(self, step: int) -> dict[str, float]:
         if self._validation is None:
@@ -177,13 +185,17 @@ class Progress(TrainerCallback):
 
     def _measure(self, name: str, conversations: list[int]) -> dict[str, float]:
         assert self._validation is not None
-        loss, correct, count = 0.0, 0, 0
+        chunks = [conversations[start : start + 8] for start in range(0, len(conversations), 8)]
+        sums: list[float] = []  # of each of this rank's chunks: loss, correct, count
         with evaluating(self._model):
-            for start in range(0, len(conversations), 8):
-                batch = collate(self._validation, conversations[start : start + 8])
+            for number in self._ranks.share(len(chunks)):
+                batch = collate(self._validation, chunks[number or 0])
                 batch = {name: tensor.to(self._model.device) for name, tensor in batch.items()}
-                found = self._objective.score(self._model, batch)
-                loss, correct, count = loss + float(found.loss), correct + found.correct, count + found.count
+                found = self._ranks.inside(self._model, self._objective.score, self._model, batch)
+                sums += [0.0] * 3 if number is None else [float(found.loss), found.correct, found.count]
+        ranks = self._ranks.each(sums)
+        in_order = [row[place : place + 3] for place in range(0, len(sums), 3) for row in ranks]  # as one rank has them
+        loss, correct, count = (sum(column) for column in zip(*in_order, strict=True))
         return {f"{name}_loss": loss / max(1, count), f"{name}_mean_token_accuracy": correct / max(1, count)}
 
     def _foresee(self, step: int) -> None:

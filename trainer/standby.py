@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gateway.jobdir import CHECK_RECORD, LOCKED_EXIT_CODE, BaseRef, JobDir
-from trainer.__main__ import work
+from trainer.__main__ import leave, work
 from trainer.libraries import import_libraries, set_environment
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ def main() -> int:
             continue
         with _at(job):
             return _train(job, warmth, answers)
-    # Nobody is there any more. Not `return`: the other thread may be in the middle of an import, which takes seconds.
-    os._exit(0)
+    return 0  # nobody is there any more; the other thread may be in the middle of an import, which `leave` does not wait for
 
 
 def _check(job: JobDir) -> int:
@@ -179,4 +178,4 @@ def _available_bytes() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

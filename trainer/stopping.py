@@ -13,7 +13,7 @@ from typing import Any
 
 START_STEPS = 10  # whose mean loss is the start
 DIVERGED_STEPS = 20  # in a row
-DIVERGED_FACTOR, DIVERGED_NATS = 2.0, 1.0  # above the start: both
+DIVERGED_FACTOR, DIVERGED_NATS = 1.5, 1.0  # above the start: both
 
 
 class Paused(Exception):
@@ -71,9 +71,9 @@ class EarlyStopping:
 class Divergence:
     """Raises when the loss stays far above where it began, or a gradient has no finite length.
 
-    Far above: more than twice the mean of the first 10 steps and a nat more, 20 steps in a row. One hard batch, or ten, end no
-    run, and neither does a loss that only fails to fall; a model that predicts worse than an untrained one for so long has
-    lost what it knew.
+    Far above: more than 1.5 times the mean of the first 10 steps and a nat above it, 20 steps in a row. One hard batch, or
+    ten, end no run, and neither does a loss that only fails to fall; a model that predicts worse than before it was tuned
+    for so long has lost what it knew.
     """
 
     start_loss: float = 0.0  # the sum of the first steps' losses

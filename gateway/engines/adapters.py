@@ -108,6 +108,7 @@ def link_adapter(folder: Path, into: Path) -> tuple[str, Path]:
     digest = manifest_digest(_read_object(folder / "manifest.json", MAX_JSON_BYTES))
     target = into.absolute() / digest.removeprefix("sha256:")
     if target.is_dir():
+        os.utime(target)  # somebody wants it again: `sweeping` looks at that
         return digest, target
     into.mkdir(parents=True, exist_ok=True)
     temporary = into / f".tmp-{target.name[:12]}-{os.getpid()}-{os.urandom(4).hex()}"

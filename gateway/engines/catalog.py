@@ -113,7 +113,7 @@ class Catalog:
                 self._served[alias] = replace(self._served[alias], bundle=bundle)
 
     def publish(self, model: TunedModel) -> None:
-        """Serves a tuned model that an engine has loaded and verified."""
+        """Serves a tuned model that an engine has loaded and verified, or will when it is first asked for."""
         base = self._bases[model.base]
         self._tuned.add(model.name)
         self._served[model.name] = Served(
@@ -142,8 +142,8 @@ class Catalog:
         """What serves `name`. Raises ModelNotFound; EngineUnavailable for an adapter that its engine does not serve now."""
         served = self.model(name, project_id)
         if name in self._tuned:
-            engine = self._bases[served.base].engine
-            if engine.ready and not engine.serves(served.engine_model):
+            engine, name_there = self._bases[served.base].engine, served.engine_model
+            if engine.ready and not engine.serves(name_there) and name_there not in engine.first_use:
                 raise EngineUnavailable(
                     f"the engine does not serve '{name}' at present; its log says why", retry_after_s=5
                 )

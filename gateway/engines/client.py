@@ -65,7 +65,7 @@ class Router(Protocol):
     @property
     def replicas(self) -> Iterable[Replica]: ...
     def choose(self, body: dict[str, Any], but_not: Any = None) -> Replica: ...
-    async def hold(self) -> None: ...
+    async def hold(self, model: str | None = None) -> None: ...
     def release(self) -> None: ...
 
 
@@ -84,7 +84,7 @@ class EngineClient:
 
         Raises EngineUnavailable when no engine can be reached; a second one was tried, where there is one.
         """
-        await self._router.hold()
+        await self._router.hold(body["model"])
         stream = EngineStream(self, body, path, self._deadlines)
         try:
             await stream.begin()

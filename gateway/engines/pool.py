@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from gateway.engines.adapters import MAX_RANK, Adapter, AdapterRejected
+from gateway.engines.first_use import FirstUse
 from gateway.engines.replica import Replica
 from gateway.engines.router import choose, prompt_of
 from gateway.engines.witness import WitnessReport
@@ -43,6 +44,7 @@ class Pool:
         self.leavers: list[Replica] = []  # that answer their last requests
         self.uses = 0  # requests and loads that are under way
         self.used_at = time.monotonic()  # when the last of them ended
+        self.first_use = FirstUse(self.ensure_adapter)  # adapters that are there, and loaded when they are asked for
         self._desired: dict[str, Adapter] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._ends: set[asyncio.Task[None]] = set()  # of leavers; among the tasks
@@ -153,14 +155,21 @@ class Pool:
         """`bring()` is awaited by whoever wants it while it is not ready; it starts it, or raises EngineUnavailable."""
         self._bring = bring
 
-    async def hold(self) -> None:
-        """It is ready, or was never to be started by who uses it; it stays until `release`. Raises EngineUnavailable."""
+    async def hold(self, model: str | None = None) -> None:
+        """It is ready, or was never to be started by who uses it; it stays until `release`. Raises EngineUnavailable.
+
+        An adapter that waits for its first use is brought first: NotServable when engines refuse it.
+        """
         self.uses += 1
         try:
             if not self.ready and self.asleep:
                 await self._until_awake()
             if self._bring is not None and not self.ready:
                 await self._bring()
+            if model is not None and model in self.first_use:
+                if not self.ready:
+                    raise self._unavailable()
+                await self.first_use.bring(model)
         except BaseException:
             self.release()
             raise
@@ -229,6 +238,7 @@ class Pool:
     async def drop_adapter(self, engine_name: str) -> None:
         """Desires it no more; takes no new request for it at once and unloads it once its replies are over."""
         self._desired.pop(engine_name, None)
+        self.first_use.withdraw(engine_name)
         dropped = await asyncio.gather(
             *(replica.engine.drop_adapter(engine_name) for replica in (*self.replicas, *self.leavers)),
             return_exceptions=True,
@@ -257,6 +267,7 @@ class Pool:
 
     async def stop(self) -> None:
         """Ends the workers, those of leavers too. Returns when they are gone."""
+        await self.first_use.stop()
         for task in self._tasks - self._ends:
             task.cancel()
         for leaver in self.leavers:

@@ -19,10 +19,11 @@ from gateway.chat.bundle import Bundle
 from gateway.chat.conversation import RenderError
 from gateway.engines.catalog import Base, Catalog
 from gateway.errors import RateLimited, RequestError, TunegateError
-from gateway.jobdir import BaseRef, FileRef, Hyperparameters, JobSpec
+from gateway.jobdir import BaseRef, FileRef, Hyperparameters, JobSpec, Launch
 from gateway.jobs.folder import TRAINING_FILE, VALIDATION_FILE, build_folder, remove_folder
 from gateway.jobs.options import Settled, settle
 from gateway.jobs.start import Start, find_start
+from gateway.jobs.torchrun import launch_for
 from gateway.jobs.tracking import Trackers
 from gateway.settings import JobSettings
 from gateway.store import files as file_statements
@@ -50,6 +51,7 @@ class Creation:
     settings: JobSettings
     catalog: Catalog
     trackers: Trackers
+    launch: Launch
 
     async def create(
         self, request: CreateJob, idempotency_key: str | None, project_id: str, max_active: int | None = None
@@ -103,6 +105,7 @@ class Creation:
             lora=settled.lora,
             options=settled.options,
             turns=job.rendering.get("turns", "all"),
+            launch=launch_for(self.launch, job.method),
             starts_from=None if start is None else job.model,
             integrations=job.integrations,
             trackers=trackers,

@@ -27,7 +27,7 @@ from gateway.engines.catalog import Catalog, TunedModel
 from gateway.engines.pool import Pool
 from gateway.errors import TunegateError
 from gateway.jobdir import read_json
-from gateway.jobs.publication import read_bundle
+from gateway.jobs.candidate import read_bundle
 from gateway.store import models as statements
 from gateway.store.database import Store
 from gateway.store.models import ModelRow

@@ -20,12 +20,13 @@ import gateway
 from gateway.engines.handle import ProcessHandle
 from gateway.jobdir import CHECK_RECORD, BaseRef, JobDir, process_start_time, read_json, write_json
 from gateway.jobs.standby import Standby
+from gateway.jobs.torchrun import is_group
 from gateway.jobs.tracking import tracker_environment
 from gateway.tracking_settings import TrackingSettings
 
 TRAINER_COMMAND = (sys.executable, "-m", "trainer")
 KEPT_VARIABLES = ("PATH", "HOME", "LANG", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CUDA_VISIBLE_DEVICES")
-KEPT_PREFIXES = ("LC_", "PYTHON", "OMP_", "MKL_", "OPENBLAS_")
+KEPT_PREFIXES = ("LC_", "PYTHON", "OMP_", "MKL_", "OPENBLAS_", "GLOO_", "NCCL_")
 
 
 class CheckProcess(Protocol):
@@ -60,9 +61,10 @@ class Launcher:
         """
         if self._standby is not None:
             spec = await asyncio.to_thread(folder.read_spec)
-            spare = await self._standby.train(folder, spec)
-            if spare is not None:
-                return spare
+            if not is_group(spec.launch):
+                spare = await self._standby.train(folder, spec)
+                if spare is not None:
+                    return spare
         return await self._start(folder, ())
 
     async def check(self, folder: JobDir) -> CheckProcess:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from gateway.engines.catalog import Base
@@ -15,6 +16,7 @@ from gateway.jobdir import Lora, Options
 from gateway.jobs.target_modules import linear_modules
 
 ALL_LINEAR = "all-linear"
+QUANTISER = "bitsandbytes"  # looked for, never imported
 LORA_FIELDS = {
     "lora_rank": "rank",
     "lora_alpha": "alpha",
@@ -65,6 +67,12 @@ def settle(asked: Mapping[str, Any], places: Mapping[str, str], base: Base, star
             param=places["max_length"],
         )
     options = Options(**{field: asked[name] for name, field in OPTION_FIELDS.items() if name in asked})
+    if options.quantization != "none" and find_spec(QUANTISER) is None:
+        raise RequestError(
+            f"{places['quantization']} is '{options.quantization}', which {QUANTISER} computes, and that is not installed on "
+            f"this server: pip install 'tunegate[quantize]'. Leave it out to train on the base as it is served.",
+            param=places["quantization"],
+        )
     return Settled(lora, options, length)
 
 

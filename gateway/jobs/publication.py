@@ -2,7 +2,7 @@
 
 Its one rule: `succeeded` is written together with the model's row, after an engine has loaded the adapter and reproduced
 what the trainer saw, and only while the job is running. Names follow from the job, so publishing again after a kill is
-the same.
+the same. The job's checkpoints are models before that: see `checkpoints`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import asyncio
 import csv
 import io
 import logging
-import shutil
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
@@ -20,17 +19,15 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 
-from gateway.chat.bundle import TEMPLATE_FILE, TOKENIZER_FILE, Bundle
-from gateway.engines.adapters import Adapter, AdapterRejected, check_adapter, immutable_name, link_adapter
-from gateway.engines.catalog import Base, Catalog, TunedModel
+from gateway.engines.adapters import AdapterRejected
+from gateway.engines.catalog import Base, Catalog
 from gateway.engines.pool import Pool
 from gateway.errors import EngineError
 from gateway.jobdir import JobDir, Result
 from gateway.jobs.barrier import pass_barrier
-from gateway.jobs.folder import adapter_checkpoints
+from gateway.jobs.candidate import Candidate, keep_adapter
 from gateway.jobs.names import model_name
 from gateway.jobs.training import JobCancelled, JobFailed
-from gateway.store import checkpoints as checkpoint_statements
 from gateway.store import events as event_statements
 from gateway.store import jobs as statements
 from gateway.store import models as model_statements
@@ -39,13 +36,11 @@ from gateway.store.database import Store
 from gateway.store.events import Event, Level, NewEvent
 from gateway.store.files import insert_file
 from gateway.store.jobs import Job
-from gateway.store.models import ModelRow
 
 logger = logging.getLogger("tunegate.jobs")
 
 T = TypeVar("T")
 
-SERVED_CHECKPOINTS = 3
 ENGINE_WAIT_S = 900.0
 ENGINE_RETRY_S = 2.0
 RESULT_FILENAME = "step_metrics.csv"
@@ -72,31 +67,23 @@ class Publication:
     engine_wait_s: float = ENGINE_WAIT_S
 
     async def publish(self, job: Job, folder: JobDir, result: Result, stop: asyncio.Event) -> None:
-        """The job succeeded and its models are served. Raises JobFailed, and JobCancelled where a cancel was first."""
-        begun: list[_Candidate] = []
+        """The job succeeded and its model is served. Raises JobFailed, and JobCancelled where a cancel was first."""
+        begun: list[Candidate] = []
         try:
             base = await self._find_base(job, stop)
-            final = await self._keep(job, base, folder.adapter, model_name(job, self.organization), None)
+            source, name = folder.adapter, model_name(job, self.organization)
+            final = await asyncio.to_thread(self._keep, job, base, source, name)
             begun.append(final)
             await self._load(job, final, stop)
-            verified = [final]
-            for candidate in await self._keep_checkpoints(job, base, folder):
-                begun.append(candidate)
-                try:
-                    await self._load(job, candidate, stop)
-                    verified.append(candidate)
-                except AdapterRejected as error:
-                    await self._tell_refused(job, candidate.row.name, error)
             await asyncio.to_thread(pass_barrier, "before-publication-commit")
-            await self._commit(job, result, verified)
+            await self._commit(job, result, final)
         except AdapterRejected as error:
             await self._drop(job, begun)
             raise JobFailed("adapter_not_servable", f"The trained adapter cannot be served: {error.message}") from error
         except (JobCancelled, JobFailed):
             await self._drop(job, begun)
             raise
-        for candidate in verified:
-            self.catalog.publish(candidate.served())
+        self.catalog.publish(final.served())
         logger.info("job %s: %s is served", job.id, final.row.name)
 
     async def _find_base(self, job: Job, stop: asyncio.Event) -> Base:
@@ -112,44 +99,20 @@ class Publication:
                     ) from None
             await _unless_stopped(asyncio.sleep(ENGINE_RETRY_S), stop)
 
-    async def _keep_checkpoints(self, job: Job, base: Base, folder: JobDir) -> list[_Candidate]:
-        """The newest checkpoints; one that is refused costs a warning, not the job."""
-        exported = await asyncio.to_thread(adapter_checkpoints, folder)
-        known = await self.store.read(lambda connection: checkpoint_statements.select_checkpoints(connection, job.id))
-        kept = []
-        for checkpoint in [c for c in known if c.step_number in exported][-SERVED_CHECKPOINTS:]:
-            step = checkpoint.step_number
-            try:
-                kept.append(await self._keep(job, base, exported[step], checkpoint.name, step))
-            except AdapterRejected as error:
-                await self._tell_refused(job, checkpoint.name, error)
-        return kept
-
-    async def _keep(self, job: Job, base: Base, source: Path, name: str, step: int | None) -> _Candidate:
-        """Checks the adapter in `source` and links it to where it stays. Raises AdapterRejected."""
-        return await asyncio.to_thread(self._keep_now, job, base, source, name, step)
-
-    def _keep_now(self, job: Job, base: Base, source: Path, name: str, step: int | None) -> _Candidate:
-        limit = self.engines(job.base).max_lora_rank
-        check_adapter(source, base.prepared.digest, limit, gguf=base.prepared.gguf is not None)
-        digest, path = link_adapter(source, self.adapters_dir)
-        bundle = read_bundle(path / "template", base.bundle)
-        row = ModelRow(
+    def _keep(self, job: Job, base: Base, source: Path, name: str) -> Candidate:
+        return keep_adapter(
+            job,
+            base.bundle,
+            source,
+            self.adapters_dir,
+            base_digest=base.prepared.digest,
+            gguf=base.prepared.gguf is not None,
+            max_rank=self.engines(job.base).max_lora_rank,
             name=name,
-            created_at=int(time.time()),
-            base=job.base,
-            adapter_digest=digest,
-            adapter_path=str(path),
-            engine_name=immutable_name(name, digest),
-            template_digest=bundle.digest,
-            job_id=job.id,
             owned_by=self.organization,
-            step_number=step,
-            project_id=job.project_id,
         )
-        return _Candidate(row, Adapter(row.engine_name, path, job.base, digest), bundle)
 
-    async def _load(self, job: Job, candidate: _Candidate, stop: asyncio.Event) -> None:
+    async def _load(self, job: Job, candidate: Candidate, stop: asyncio.Event) -> None:
         """Has the engine load and verify. Waits for an engine that is not there, but not for ever; for one that sleeps while
         another job trains, as long as that takes.
 
@@ -184,16 +147,14 @@ class Publication:
         except EngineError:
             return False
 
-    async def _commit(self, job: Job, result: Result, loaded: list[_Candidate]) -> None:
+    async def _commit(self, job: Job, result: Result, final: Candidate) -> None:
         metrics = await self.store.read(lambda connection: event_statements.select_metrics(connection, job.id))
         async with self.blobs.putting(write_csv(metrics)) as blob:
-            await self.store.write(lambda connection: self._publish_rows(connection, job, result, loaded, blob))
+            await self.store.write(lambda connection: self._publish_row(connection, job, result, final, blob))
 
-    def _publish_rows(
-        self, connection: Connection, job: Job, result: Result, loaded: list[_Candidate], blob: BlobRef
-    ) -> None:
+    def _publish_row(self, connection: Connection, job: Job, result: Result, final: Candidate, blob: BlobRef) -> None:
         """The one transaction."""
-        name = loaded[0].row.name
+        name = final.row.name
         file = insert_file(
             connection,
             blob,
@@ -208,45 +169,18 @@ class Publication:
         ]
         if not statements.succeed_job(connection, job.id, name, result.trained_tokens, [file.id], events):
             raise JobCancelled  # undoes the file's row
-        for candidate in loaded:
-            model_statements.insert_model(connection, candidate.row)
+        model_statements.insert_model(connection, final.row)
 
-    async def _drop(self, job: Job, candidates: list[_Candidate]) -> None:
+    async def _drop(self, job: Job, candidates: list[Candidate]) -> None:
         for candidate in candidates:
             try:
                 await self.engines(job.base).drop_adapter(candidate.adapter.engine_name)
             except EngineError:  # it is not there: nor is the adapter, for it is not desired
                 logger.info("job %s: no engine to drop %s from", job.id, candidate.row.name)
 
-    async def _tell_refused(self, job: Job, checkpoint: str, error: AdapterRejected) -> None:
-        await self._tell(job, f"The checkpoint {checkpoint} is not served: {error.message}", "warn")
-
     async def _tell(self, job: Job, message: str, level: Level = "info") -> None:
         event = NewEvent(message, level=level)
         await self.store.write(lambda connection: statements.insert_running_event(connection, job.id, event))
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """An adapter on its way to be a model."""
-
-    row: ModelRow
-    adapter: Adapter
-    bundle: Bundle
-
-    def served(self) -> TunedModel:
-        row = self.row
-        projects = frozenset({row.project_id})
-        return TunedModel(row.name, row.base, self.bundle, row.engine_name, row.created_at, row.owned_by, projects)
-
-
-def sweep_deleted(adapters_dir: Path, ever: set[str], now: set[str]) -> int:
-    """Removes the files of adapters whose models are all deleted; how many. For start-up, before any engine is."""
-    deleted = [adapters_dir / digest.removeprefix("sha256:") for digest in ever - now]
-    found = [path for path in deleted if path.is_dir()]
-    for path in found:
-        shutil.rmtree(path, ignore_errors=True)
-    return len(found)
 
 
 async def _unless_stopped(work: Coroutine[Any, Any, T], stop: asyncio.Event) -> T:
@@ -261,17 +195,6 @@ async def _unless_stopped(work: Coroutine[Any, Any, T], stop: asyncio.Event) -> 
         working.cancel()
         stopping.cancel()
         await asyncio.gather(working, stopping, return_exceptions=True)
-
-
-def read_bundle(folder: Path, of_base: Bundle) -> Bundle:
-    """The bundle that the adapter was trained through; the base's own object where it is the same."""
-    files = {name: (folder / name).read_bytes() for name in (TEMPLATE_FILE, TOKENIZER_FILE)}
-    if files == of_base.to_files():
-        return of_base
-    try:
-        return Bundle.from_files(files)
-    except (ValueError, TypeError, LookupError) as error:
-        raise AdapterRejected(f"its template bundle cannot be read: {error}") from error
 
 
 def write_csv(metrics: Iterable[Event]) -> bytes:

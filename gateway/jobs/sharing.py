@@ -3,7 +3,7 @@
     beside      they serve on; there is memory for both
     wait        the job waits until nobody has been answered for a while, and then trains beside them
     sleep       they let the replies under way end, sleep (vLLM's level 1) and are woken when the trainer is gone; requests
-                meanwhile wait, up to a bound, or go to an engine that is awake
+                meanwhile wait, up to a bound, or go to an engine that is awake; one that gets ready meanwhile sleeps too
 
 Its rule: the job's events say what was done and what could not be; no policy fails a job. Runs on the gateway's loop.
 """
@@ -19,7 +19,7 @@ from typing import Literal
 
 from gateway.engines.engine import Engine
 from gateway.engines.pool import Pool
-from gateway.errors import EngineError
+from gateway.errors import EngineError, StoreUnavailable
 from gateway.store.events import Level
 
 logger = logging.getLogger("tunegate.jobs")
@@ -29,6 +29,7 @@ Tell = Callable[[str, Level], Awaitable[None]]
 
 IDLE_S = 10.0  # without a reply, before a job that waits begins
 POLL_S = 0.5
+WATCH_S = 1.0
 
 
 class Sharing:
@@ -41,6 +42,7 @@ class Sharing:
         self._idle_s = idle_s
         self._training = 0
         self._asleep: list[Engine] = []
+        self._awake: set[Engine] = set()  # that did not go to sleep, and were told of
         self._changing = asyncio.Lock()
 
     @asynccontextmanager
@@ -52,15 +54,30 @@ class Sharing:
             yield
             return
         self._training += 1
+        watching: asyncio.Task[None] | None = None
         try:
             async with self._changing:
                 await self._sleep(tell)
+            watching = asyncio.create_task(self._keep_asleep(tell), name="engines sleep")
             yield
         finally:  # whatever went wrong, an event that could not be written among it: nobody sleeps for a job that is over
+            if watching is not None:
+                watching.cancel()
+                await asyncio.gather(watching, return_exceptions=True)
             self._training -= 1
             async with self._changing:
                 if not self._training:
                     await self._wake(tell)
+
+    async def _keep_asleep(self, tell: Tell) -> None:
+        """Puts to sleep what was started, or started again, while the job trains."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            try:
+                async with self._changing:
+                    await self._sleep(tell)
+            except StoreUnavailable as error:
+                logger.warning("an event of a job could not be written: %s", error.message)
 
     async def _until_idle(self, tell: Tell, stop: asyncio.Event) -> None:
         told = False
@@ -79,17 +96,23 @@ class Sharing:
             if not engine.ready:
                 continue
             if not engine.sleeps:
-                await tell(
-                    f"The engine of '{name}' cannot sleep (only a vLLM that is started here can): it serves on", "warn"
+                await self._tell_awake(
+                    engine,
+                    f"The engine of '{name}' cannot sleep (only a vLLM that is started here can): it serves on",
+                    tell,
                 )
                 continue
             began = time.monotonic()
             try:
                 await engine.sleep()
             except EngineError as error:
-                await tell(f"The engine of '{name}' was not put to sleep, and serves on: {error.message}", "warn")
+                await self._tell_awake(
+                    engine, f"The engine of '{name}' was not put to sleep, and serves on: {error.message}", tell
+                )
                 continue
-            self._asleep.append(engine)
+            self._awake.discard(engine)
+            if engine not in self._asleep:  # else it was started again
+                self._asleep.append(engine)
             freed = ", its GPU's memory is free" if engine.frees_memory else ""
             await tell(
                 f"The engine of '{name}' sleeps while the job trains{freed} ({time.monotonic() - began:.1f} s)", "info"
@@ -101,8 +124,15 @@ class Sharing:
                     "warn",
                 )
 
+    async def _tell_awake(self, engine: Engine, message: str, tell: Tell) -> None:
+        """Once for all the times that it is tried."""
+        if engine not in self._awake:
+            self._awake.add(engine)
+            await tell(message, "warn")
+
     async def _wake(self, tell: Tell) -> None:
         asleep, self._asleep = self._asleep, []
+        self._awake.clear()
         told: list[tuple[str, Level]] = []
         for engine in asleep:
             name, began = engine.base.name, time.monotonic()

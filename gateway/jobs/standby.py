@@ -189,7 +189,7 @@ class Standby:
             return None
         self._release()
         if spare.relaxed and not spare.ready:  # it would go on getting ready as slowly as it began
-            await self._end(spare)
+            await self._end(spare, 0)
             return None
         answer = spare.ask({"do": "train", "job": str(folder.path)})
         try:
@@ -200,7 +200,7 @@ class Standby:
         if taken or (await spare.handle.wait(0.5) and spare.handle.exit_code == LOCKED_EXIT_CODE):
             return spare.handle
         logger.warning("job %s: the standby did not take it; a trainer is started", spec.job_id)
-        await self._end(spare)
+        await self._end(spare, 0)
         return None
 
     async def close(self) -> None:
@@ -218,7 +218,7 @@ class Standby:
 
     def _fits(self, spec: JobSpec) -> bool:
         """Whether the spare is what would be started for this job: one process, its threads, nothing that it left out."""
-        plain = spec.options.quantization == Options().quantization and not spec.trackers
+        plain = spec.options.quantization == Options().quantization and not spec.needs_keys
         return spec.threads == self._threads and spec.launch.processes == 1 and plain
 
     async def _start(self, relaxed: bool) -> None:

@@ -25,12 +25,16 @@ from gateway.engines.handle import ProcessHandle, exit_text
 from gateway.engines.pool import Pool
 from gateway.errors import NotFound, StoreUnavailable
 from gateway.jobdir import LOCKED_EXIT_CODE, BaseRef, Check, JobDir, TrainerError
+from gateway.jobs.checkpoints import Checkpoints
 from gateway.jobs.creation import Creation
 from gateway.jobs.folder import last_log_line, sweep_folders, tidy_folder
 from gateway.jobs.launcher import Launcher, adopt_check, adopt_trainer
+from gateway.jobs.memory import MemoryEvents
 from gateway.jobs.names import checkpoint_name
-from gateway.jobs.publication import Publication, sweep_deleted
+from gateway.jobs.publication import Publication
 from gateway.jobs.sharing import Sharing
+from gateway.jobs.sweeping import sweep_deleted
+from gateway.jobs.torchrun import read_launch
 from gateway.jobs.tracking import Trackers
 from gateway.jobs.training import END_GRACE_S, POLL_S, JobCancelled, JobFailed, JobPaused, Training
 from gateway.settings import Settings
@@ -76,15 +80,20 @@ class Supervisor:
         engines: Callable[[str], Pool],
         launcher: Launcher | None = None,
         pools: Callable[[], Iterable[Pool]] = tuple,
+        memory: MemoryEvents | None = None,
     ) -> None:
         """`engines` gives the engine of a base by its name, or raises EngineUnavailable; `pools` gives all."""
         self._store = store
         self._data_dir = data_dir
         self._settings = settings
         self._launcher = launcher or Launcher(tracking=settings.tracking)
+        self._memory = memory or MemoryEvents()
         trackers = Trackers(settings.tracking, data_dir.tracking)
-        self._creation = Creation(store, blobs, data_dir.jobs, settings.jobs, catalog, trackers)
+        self._creation = Creation(
+            store, blobs, data_dir.jobs, settings.jobs, catalog, trackers, read_launch(settings.jobs)
+        )
         self._publication = Publication(store, blobs, data_dir.adapters, settings.organization, catalog, engines)
+        self._checkpoints = Checkpoints(store, data_dir.adapters, settings.organization, catalog, engines)
         self._sharing = Sharing(settings.jobs.share, pools)
         self._drives: dict[str, _Drive] = {}
         self._checking = asyncio.Semaphore(1)
@@ -131,7 +140,7 @@ class Supervisor:
         return job
 
     async def pause(self, job_id: str, project_id: str) -> Job:
-        """The job, which starts no trainer from now on; one that runs ends with its next checkpoint. Raises NotFound."""
+        """The job, which starts no trainer from now on; one that runs ends behind its next step. Raises NotFound."""
         return await self._change(job_id, project_id, statements.pause_job)
 
     async def resume(self, job_id: str, project_id: str) -> Job:
@@ -186,6 +195,7 @@ class Supervisor:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
         await self._launcher.close()
+        await self._checkpoints.stop()
 
     async def _main(self) -> None:
         while True:
@@ -334,6 +344,8 @@ class Supervisor:
             folder,
             job,
             name_checkpoint=lambda step: checkpoint_name(job, organization, step),
+            checkpoints=self._checkpoints,
+            memory=self._memory,
             hang_timeout_s=self._settings.jobs.hang_timeout_s,
             stop=stop,
             pause=drive.pause,

@@ -14,16 +14,20 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from sqlalchemy import Connection
+
 from gateway.engines.handle import ProcessHandle, exit_text
 from gateway.errors import StoreUnavailable
-from gateway.jobdir import LOCKED_EXIT_CODE, JobDir, Result, TrainerError
+from gateway.jobdir import LOCKED_EXIT_CODE, PAUSED_EXIT_CODE, JobDir, Result, TrainerError, out_of_memory_message
+from gateway.jobs.checkpoints import Change, Checkpoints, Prepared
 from gateway.jobs.folder import has_attempts, last_log_line, newest_checkpoint
 from gateway.jobs.launcher import Launcher, adopt_trainer
+from gateway.jobs.memory import MemoryEvents
 from gateway.jobs.reading import read_progress
 from gateway.store import jobs as statements
 from gateway.store.database import Store
 from gateway.store.events import NewEvent
-from gateway.store.jobs import Job
+from gateway.store.jobs import Job, Progress
 
 logger = logging.getLogger("tunegate.jobs")
 
@@ -39,7 +43,7 @@ class JobCancelled(Exception):
 
 
 class JobPaused(Exception):
-    """The trainer was ended behind a checkpoint, as somebody asked."""
+    """There is no trainer, as somebody asked; `step` is the newest checkpoint's, 0 where there is none."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"paused at step {step}")
@@ -57,7 +61,8 @@ class JobFailed(Exception):
 class Training:
     """`await run()` gives the result. `stop` is set when the job was cancelled: its trainer is ended then.
 
-    `pause` is set while the job is to be paused: its trainer is ended with the next checkpoint that is not its last.
+    `pause` is set while the job is to be paused: its trainer is told so, and ends behind a checkpoint at its next step. One
+    that ends otherwise is not started again either.
     """
 
     def __init__(
@@ -68,6 +73,8 @@ class Training:
         job: Job,
         *,
         name_checkpoint: Callable[[int], str],
+        checkpoints: Checkpoints,
+        memory: MemoryEvents,
         hang_timeout_s: float,
         stop: asyncio.Event,
         pause: asyncio.Event | None = None,
@@ -77,10 +84,13 @@ class Training:
         self._launcher = launcher
         self._folder = folder
         self._name_checkpoint = name_checkpoint
+        self._checkpoints = checkpoints
+        self._memory = memory
+        self._starved = False  # the last trainer was killed for want of memory
         self._hang_timeout_s = hang_timeout_s
         self._stop = stop
         self._to_pause = pause or asyncio.Event()
-        self._paused_at: int | None = None  # the step behind which the trainer is ended
+        self._was_paused = False  # by us: the next trainer is no new try
         self._contended = 0
 
     async def run(self) -> Result:
@@ -92,21 +102,29 @@ class Training:
             self._raise_if_stopped()
             result = await self._read_result()
             if result is not None:
+                while await self._store_progress():  # of one that ended while no gateway was there
+                    self._raise_if_stopped()
                 return result
-            if self._paused_at is not None:
-                raise JobPaused(self._paused_at)
+            if self._to_pause.is_set():
+                raise JobPaused(await asyncio.to_thread(newest_checkpoint, self._folder))
             ended = await self._follow(await self._start(ended))
 
     async def _start(self, ended: str | None) -> ProcessHandle:
         """A trainer; unless it is the first, the job's events say why, and it may be refused."""
         folder, job = self._folder, self.job
-        if ended is None and job.pause != "resumed" and await asyncio.to_thread(has_attempts, folder):
+        await asyncio.to_thread(folder.pause.unlink, missing_ok=True)
+        resumed = self._was_paused or job.pause == "resumed"
+        self._was_paused = False
+        if ended is None and not resumed and await asyncio.to_thread(has_attempts, folder):
             ended = "The trainer was gone"
         if ended:
             step = await asyncio.to_thread(newest_checkpoint, folder)
             resumes = await self._store.read(lambda connection: statements.count_resumes(connection, job.id, step))
             # The attempt that wrote the checkpoint made progress; the one that began at nothing did not.
             if resumes >= (MAX_ATTEMPTS if step else MAX_ATTEMPTS - 1):
+                if self._starved:
+                    message = await asyncio.to_thread(self._out_of_memory_message)
+                    raise JobFailed("out_of_memory", f"{message} (the system killed the trainer)", "hyperparameters")
                 raise JobFailed(
                     "trainer_failed",
                     f"Training ended {MAX_ATTEMPTS} times without getting any further. {_sentence(ended)}",
@@ -127,6 +145,8 @@ class Training:
         None for `trainer` is one whose process is unknown: it is there as long as the lock is held.
         """
         hung = False
+        killed_before = await asyncio.to_thread(self._memory.oom_kills)
+        asked_to_pause: bool | None = None  # so that a file which an earlier gateway left is gone with the first look
         heard_at = time.monotonic()  # never the wall clock: it may jump
         try:
             while True:
@@ -137,7 +157,10 @@ class Training:
                     continue
                 if not alive:
                     break
-                if (self._stop.is_set() or self._paused_at is not None) and trainer is not None:
+                if self._to_pause.is_set() != asked_to_pause:
+                    asked_to_pause = self._to_pause.is_set()
+                    await asyncio.to_thread(_ask_to_pause, self._folder, asked_to_pause)
+                if self._stop.is_set() and trainer is not None:
                     await trainer.end(END_GRACE_S)
                 elif trainer is not None and time.monotonic() - heard_at > self._hang_timeout_s:
                     hung = True
@@ -155,10 +178,19 @@ class Training:
         if trainer is not None and trainer.exit_code == LOCKED_EXIT_CODE:
             await self._contend()
             return None
+        if trainer is not None and trainer.exit_code == PAUSED_EXIT_CODE:
+            self._was_paused = True
+            return None
         if hung:
             return f"The trainer said nothing for {self._hang_timeout_s:g} s and was ended"
-        how = exit_text(trainer.exit_code if trainer else None)
-        if trainer is not None and trainer.exit_code == -signal.SIGKILL:
+        exit_code = trainer.exit_code if trainer else None
+        how = exit_text(exit_code)
+        killed = await asyncio.to_thread(self._memory.oom_kills)
+        told = killed is not None and killed_before is not None
+        self._starved = told and killed != killed_before and exit_code in (None, -signal.SIGKILL)
+        if self._starved:
+            how = "was killed by the system, which was out of memory"
+        elif exit_code == -signal.SIGKILL and not told:
             how += " (by the system, it may be, for want of memory)"
         line = await asyncio.to_thread(last_log_line, self._folder)
         return f"The trainer {how}" + (f": {line}" if line else "")
@@ -177,16 +209,15 @@ class Training:
             return False
         job = self.job
         try:
-            stored = await self._store.write(lambda connection: statements.store_progress(connection, job, progress))
+            prepared = await self._checkpoints.prepare(job, self._folder, progress.checkpoints)
+            change = await self._store.write(lambda connection: self._insert(connection, progress, prepared))
         except StoreUnavailable as error:
             logger.warning("job %s: its events wait: %s", job.id, error.message)
             await asyncio.sleep(RETRY_S)
             return True
-        if stored:
-            for checkpoint in progress.checkpoints:
-                if self._to_pause.is_set() and checkpoint.step_number != checkpoint.metrics.get("total_steps"):
-                    self._paused_at = checkpoint.step_number
+        if change is not None:
             self.job = replace(job, attempt=progress.attempt, cursor_offset=progress.offset)
+            await self._checkpoints.serve(change)
             return True
         current = await self._store.read(lambda connection: statements.select_job(connection, job.id))
         if current is None or current.status != "running":
@@ -195,11 +226,20 @@ class Training:
         self.job = current
         return True
 
+    def _insert(self, connection: Connection, progress: Progress, prepared: Prepared) -> Change | None:
+        """Events, checkpoints and their models at once; None when the job or its cursor is another by now."""
+        if not statements.store_progress(connection, self.job, progress):
+            return None
+        return self._checkpoints.insert(connection, self.job, prepared)
+
     async def _read_result(self) -> Result | None:
         try:
             return await asyncio.to_thread(self._folder.read_result)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise JobFailed("trainer_failed", f"The trainer's result.json cannot be read: {error}") from error
+
+    def _out_of_memory_message(self) -> str:
+        return out_of_memory_message(self._folder.read_spec(), self._folder.read_check())
 
     async def _pause(self, seconds: float) -> None:
         try:
@@ -211,6 +251,10 @@ class Training:
     def _raise_if_stopped(self) -> None:
         if self._stop.is_set():
             raise JobCancelled
+
+
+def _ask_to_pause(folder: JobDir, to_pause: bool) -> None:
+    folder.pause.touch() if to_pause else folder.pause.unlink(missing_ok=True)
 
 
 def _sentence(text: str) -> str:

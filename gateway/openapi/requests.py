@@ -18,6 +18,7 @@ from gateway.openapi.objects import (
     ref,
 )
 from gateway.wire.batches import ENDPOINTS, WINDOWS_S
+from gateway.wire.exports import TYPES as EXPORT_TYPES
 from gateway.wire.files import MAX_EXPIRY_S, MIN_EXPIRY_S, PURPOSES
 from gateway.wire.fine_tuning import MAX_SEED, MAX_SUFFIX_CHARS
 from gateway.wire.integrations import MAX_INTEGRATIONS, MAX_NAME_CHARS, MAX_TAG_CHARS, MAX_TAGS, TRACKERS
@@ -200,6 +201,10 @@ BODIES: dict[str, tuple[str, Schema]] = {
     ),
     **resources.BODIES,
     "POST /v1/fine_tuning/preview": (JSON, {"type": "object"}),
+    "POST /v1/models/{model}/export": (
+        JSON,
+        _body("to", to=one_of(*EXPORT_TYPES), type=maybe(TEXT), expires_after=maybe(_EXPIRY)),
+    ),
     "POST /v1/templates": (JSON, {"type": "object", "required": ["name", "kind", "source"]}),
 }
 
@@ -243,6 +248,7 @@ REPLIES: dict[str, tuple[str, Schema]] = {
     "GET /v1/models": (JSON, closed(object=one_of("list"), data=listed(ref("Model")))),
     "GET /v1/models/{model}": (JSON, ref("Model")),
     "DELETE /v1/models/{model}": (JSON, deleted("model")),
+    "POST /v1/models/{model}/export": (JSON, ref("File")),
     "POST /v1/files": (JSON, ref("File")),
     "GET /v1/files": (JSON, page_of("File")),
     "GET /v1/files/{file_id}": (JSON, ref("File")),

@@ -95,6 +95,9 @@ async def retrieve_file(request: Request) -> Response:
 
 async def retrieve_content(request: Request) -> Response:
     file = await _find(request)
+    if file.status != "processed":
+        told = f": {file.status_details}" if file.status_details else ""
+        raise RequestError(f"{file.id} has no content, its status is '{file.status}'{told}", param="id")
     try:
         reader = await request.app.state.blobs.open(file.digest)
     except FileNotFoundError as error:
@@ -114,6 +117,7 @@ async def delete_file(request: Request) -> Response:
     )
     if file is None:
         raise _unknown(file_id)
+    request.app.state.exports.cancel(file_id)
     await remove_unreferenced(store, blobs, [file.digest])
     return _json(wire.deleted_object(file_id))
 

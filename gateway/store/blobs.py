@@ -76,6 +76,14 @@ class Blobs:
         finally:
             await draft.discard()
 
+    async def take(self, path: Path) -> BlobRef:
+        """Stores a file of the same disk by moving it here, and holds it as `put` does. Raises `StoreUnavailable`."""
+        digest, size_bytes = await _run_on_disk(_read_digest, path)
+        async with self._moving:
+            await _run_on_disk(_put_in_place, path, self.path(digest))
+            self._held[digest] += 1
+        return BlobRef(digest, size_bytes)
+
     def release(self, ref: BlobRef) -> None:
         """Ends a hold: a row names the bytes by now, or nobody will."""
         self._held[ref.digest] -= 1
@@ -171,12 +179,7 @@ class Draft:
         os.fchmod(self._file.fileno(), 0o400)  # jobs link to these very bytes
         os.fsync(self._file.fileno())
         digest = self._digest.hexdigest()
-        path = path_of(digest)
-        if not path.parent.exists():
-            path.parent.mkdir(mode=0o700, exist_ok=True)
-            fsync_folder(path.parent.parent)
-        os.replace(self._file.name, path)
-        fsync_folder(path.parent)
+        _put_in_place(Path(self._file.name), path_of(digest))
         self._file.close()
         return BlobRef(digest, self.size_bytes)
 
@@ -199,6 +202,23 @@ class BlobReader:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _read_digest(path: Path) -> tuple[str, int]:
+    """The digest and the size of a file whose bytes are on the disk now, and are not changed any more."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fchmod(file.fileno(), 0o400)
+        os.fsync(file.fileno())
+        return digest, os.fstat(file.fileno()).st_size
+
+
+def _put_in_place(source: Path, path: Path) -> None:
+    if not path.parent.exists():
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        fsync_folder(path.parent.parent)
+    os.replace(source, path)
+    fsync_folder(path.parent)
 
 
 async def _run_on_disk(fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

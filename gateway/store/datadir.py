@@ -7,6 +7,7 @@
     bases/NAME/     prepared bases
     jobs/ID/        job directories: `gateway/jobdir.py`
     adapters/DIGEST/    published adapters, never changed
+    exports/ID/     what is being made of a tuned model for a client: `gateway/exports.py`
     tracking/       what trackers keep here: TensorBoard's files, MLflow's database and artifacts
     imports/ID/     adapters from elsewhere that the gateway has not taken up: `gateway/jobs/imports.py`
     engines/NAME/   what is needed to find a running worker again: key, ready.json, worker.log

@@ -15,6 +15,7 @@ from gateway.store.pages import Order, Page, select_page
 from gateway.store.tables import DEFAULT_PROJECT, batches, files, upload_parts, uploads
 
 OVER = ("failed", "completed", "expired", "cancelled")  # batches that are
+RESULT_PURPOSE = "fine-tune-results"  # of what is made here: exports, and a job's metrics
 ID_CHARS = string.ascii_letters + string.digits
 
 
@@ -43,8 +44,9 @@ def insert_file(
     created_at: int,
     expires_after_s: int | None = None,
     project_id: str = DEFAULT_PROJECT,
+    status: str = "processed",
 ) -> File:
-    """A new file over bytes that are stored and held."""
+    """A new file over bytes that are stored and held. "uploaded" is one that will get others (see `finish_file`)."""
     file = File(
         id="file-" + "".join(secrets.choice(ID_CHARS) for _ in range(22)),
         project_id=project_id,
@@ -53,12 +55,34 @@ def insert_file(
         purpose=purpose,
         size_bytes=blob.size_bytes,
         digest=blob.digest,
-        status="processed",
+        status=status,
         status_details=None,
         expires_at=None if expires_after_s is None else created_at + expires_after_s,
     )
     connection.execute(insert(files).values(**vars(file)))
     return file
+
+
+def finish_file(connection: Connection, file_id: str, blob: BlobRef) -> bool:
+    """Gives an "uploaded" file its bytes; False when it was deleted meanwhile."""
+    values = {"digest": blob.digest, "size_bytes": blob.size_bytes, "status": "processed", "status_details": None}
+    return connection.execute(update(files).where(*_unfinished(file_id)).values(**values)).rowcount == 1
+
+
+def fail_file(connection: Connection, file_id: str, why: str) -> None:
+    """An "uploaded" file will not get any bytes."""
+    connection.execute(update(files).where(*_unfinished(file_id)).values(status="error", status_details=why))
+
+
+def tell(connection: Connection, file_id: str, text: str) -> None:
+    """How far an "uploaded" file is."""
+    connection.execute(update(files).where(*_unfinished(file_id)).values(status_details=text))
+
+
+def fail_unfinished(connection: Connection, why: str) -> None:
+    """All "uploaded" files: at a start, nobody is at work on them."""
+    unfinished = (files.c.status == "uploaded", files.c.deleted_at.is_(None))
+    connection.execute(update(files).where(*unfinished).values(status="error", status_details=why))
 
 
 def used_bytes(connection: Connection, project_id: str, now: int) -> int:
@@ -164,6 +188,10 @@ def _visible(project_id: str, now: int) -> list[ColumnElement[bool]]:
         files.c.deleted_at.is_(None),
         or_(files.c.expires_at.is_(None), files.c.expires_at > now),
     ]
+
+
+def _unfinished(file_id: str) -> list[ColumnElement[bool]]:
+    return [files.c.id == file_id, files.c.status == "uploaded", files.c.deleted_at.is_(None)]
 
 
 def _expired(now: int) -> list[ColumnElement[bool]]:

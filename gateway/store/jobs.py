@@ -23,7 +23,7 @@ from gateway.store.tables import jobs as _jobs
 
 Status = Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
 
-# asked: its trainer is to end with the next checkpoint. paused: it is not started until somebody resumes it.
+# asked: its trainer is to end behind its next step. paused: it is not started until somebody resumes it.
 Pause = Literal["asked", "paused", "resumed"]
 
 ACTIVE: tuple[Status, ...] = ("validating_files", "queued", "running")
@@ -197,7 +197,7 @@ def pause_job(connection: Connection, job_id: str) -> bool:
     if job.pause in ("asked", "paused"):
         return True
     running = job.status == "running"
-    told = "The trainer stops with its next checkpoint, and the job is paused then" if running else "The job is paused"
+    told = "The trainer stops behind its next step, and the job is paused then" if running else "The job is paused"
     pause: Pause = "asked" if running else "paused"
     return _leave(connection, job_id, (job.status,), [NewEvent(told)], pause=pause)
 
@@ -207,7 +207,8 @@ def park_job(connection: Connection, job_id: str, step: int) -> bool:
     job = select_job(connection, job_id)
     if job is None or job.pause != "asked":
         return False
-    told = f"The job is paused behind the checkpoint at step {step}; it is shown as queued until it is resumed"
+    where = f"behind step {step}" if step else "before its first step"
+    told = f"The job is paused {where}; it is shown as queued until it is resumed"
     return _leave(connection, job_id, ("running",), [NewEvent(told)], status="queued", pause="paused")
 
 

@@ -66,6 +66,19 @@ def of_base(connection: Connection, base: str) -> list[ModelRow]:
     return [_model(row) for row in connection.execute(select(models).where(*where).order_by(models.c.seq)).mappings()]
 
 
+def checkpoints_of(connection: Connection, job_id: str) -> list[ModelRow]:
+    """The checkpoints of a job that are models, by step."""
+    where = (models.c.job_id == job_id, models.c.step_number.is_not(None), models.c.deleted_at.is_(None))
+    statement = select(models).where(*where).order_by(models.c.step_number)
+    return [_model(row) for row in connection.execute(statement).mappings()]
+
+
+def was_named(connection: Connection, project_id: str, name: str) -> bool:
+    """Whether there is a model of that name, or was one."""
+    where = (models.c.project_id == project_id, models.c.name == name)
+    return connection.scalar(select(models.c.seq).where(*where)) is not None
+
+
 def delete(connection: Connection, project_id: str, name: str) -> bool:
     """Hides the model for good; False when there was none to see."""
     where = (models.c.project_id == project_id, models.c.name == name, models.c.deleted_at.is_(None))

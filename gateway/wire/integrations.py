@@ -21,7 +21,7 @@ MAX_TAG_CHARS = 64
 TRACKERS = ("tensorboard", "mlflow")  # asked for with `tunegate.tracking`
 WANDB_FIELDS = ("project", "name", "entity", "tags")
 
-_FORBIDDEN = re.compile(r"[/\\#?%:\x00-\x1f]")  # by W&B, in what becomes part of an address
+_FORBIDDEN = re.compile(r"[/\\#?%:]")  # by W&B, in what becomes part of an address
 
 
 def parse_integrations(value: Any, tracking: Any) -> tuple[dict[str, Any], ...]:
@@ -96,9 +96,10 @@ def _tags(value: Any, where: str) -> list[str]:
     if not isinstance(value, list) or len(value) > MAX_TAGS:
         raise RequestError(f"{where} must be a list of at most {MAX_TAGS} strings.", param=where)
     for tag in value:
-        if not isinstance(tag, str) or not 1 <= len(tag) <= MAX_TAG_CHARS:
+        if not isinstance(tag, str) or not 1 <= len(tag) <= MAX_TAG_CHARS or not tag.isprintable():
             raise RequestError(
-                f"{where} has {show(tag)}; each tag must be a string of 1 to {MAX_TAG_CHARS} characters.", param=where
+                f"{where} has {show(tag)}; each tag must be a printable string of 1 to {MAX_TAG_CHARS} characters.",
+                param=where,
             )
     return list(dict.fromkeys(value))
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gateway.jobdir import LOCKED_EXIT_CODE, Check, Event, JobDir, Result, TrainerError
+from gateway.jobdir import LOCKED_EXIT_CODE, PAUSED_EXIT_CODE, Check, Event, JobDir, Result, TrainerError
 
 GATE_TIMEOUT_S = 120.0
 
@@ -37,12 +37,14 @@ class Plan:
     fail: list[str] | None = None
     kill_at: dict[str, int] = field(default_factory=dict)  # attempt → the step before which it kills itself
     always_kill_at: int | None = None
+    oom_vmstat: str | None = None  # a file that says that the system killed one more, each time it kills itself
     hang_at: dict[str, int] = field(default_factory=dict)
     gate: str | None = None  # a file that must exist before `gate_at`
     gate_at: int = 3
     ignore_term: bool = False
     before_lock_s: float = 0.0
     broken_lines: bool = False
+    standby: str | None = None  # how a standby breaks; see fake_standby.py
 
 
 class Trainer:
@@ -81,6 +83,10 @@ class Trainer:
         for step in range(self._newest() + 1, self.plan.steps + 1):
             self._misbehave(step)
             self._step(step)
+            if self.job.pause.exists() and step < self.plan.steps:
+                self._checkpoint(step)
+                self._say("message", f"Training paused behind step {step}", {})
+                sys.exit(PAUSED_EXIT_CODE)
         if self.plan.fail:
             self.job.write_result(Result("failed", TrainerError(*self.plan.fail)))
             return
@@ -106,10 +112,14 @@ class Trainer:
             if str(step) in self.plan.checkpoint_adapters:
                 source = Path(self.plan.checkpoint_adapters[str(step)])
                 self._complete(source, self.job.path / "adapter_checkpoints" / f"step-{step}")
-            folder = self.job.checkpoints / f".writing-{step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            folder.rename(self.job.checkpoints / f"step-{step}")
+            self._checkpoint(step)
             self._say("checkpoint", f"Checkpoint created at step {step}", data)
+
+    def _checkpoint(self, step: int) -> None:
+        folder = self.job.checkpoints / f".writing-{step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (self.job.checkpoints / f"step-{step}").exists():
+            folder.rename(self.job.checkpoints / f"step-{step}")
 
     def _misbehave(self, step: int) -> None:
         plan = self.plan
@@ -119,6 +129,8 @@ class Trainer:
                 time.sleep(0.01)
         if plan.kill_at.get(self.attempt) == step or plan.always_kill_at == step:
             print(f"about to die at step {step}", file=sys.stderr, flush=True)
+            if plan.oom_vmstat:
+                Path(plan.oom_vmstat).write_text(f"oom_kill {self.attempt}\n")
             os.kill(os.getpid(), signal.SIGKILL)
         if plan.hang_at.get(self.attempt) == step:
             time.sleep(GATE_TIMEOUT_S)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from gateway.bases import PreparedBase
-from gateway.engines.adapters import Adapter
 from tests.jobs.fake_trainer import Plan
 from tests.jobs.parts import Workshop
 
@@ -27,9 +26,7 @@ async def main(spec: dict[str, Any]) -> None:
     ended = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
     shop = Workshop(Path(spec["folder"]), base, None, Plan(**spec["plan"]), {})
-    shop.engine.set_desired(
-        Adapter(row.engine_name, Path(row.adapter_path), "tiny", row.adapter_digest) for row in await shop.models()
-    )
+    await shop.serve_rows()
     await shop.engine.start()
     await shop.supervisor.start()
     if spec["create"]:

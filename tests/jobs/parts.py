@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -14,14 +15,17 @@ from typing import Any
 
 from gateway.bases import PreparedBase
 from gateway.chat.bundle import Bundle, make_bundle
-from gateway.engines.catalog import Base, Catalog
+from gateway.engines.adapters import Adapter
+from gateway.engines.catalog import Base, Catalog, TunedModel
 from gateway.engines.client import Deadlines
 from gateway.engines.engine import Engine
 from gateway.engines.kinds import llama_engine
 from gateway.engines.pool import Pool
 from gateway.errors import EngineUnavailable
 from gateway.jobdir import JobDir
-from gateway.jobs.launcher import Launcher
+from gateway.jobs.launcher import Launcher, child_environment
+from gateway.jobs.memory import MemoryEvents
+from gateway.jobs.standby import Standby
 from gateway.jobs.supervisor import Supervisor
 from gateway.settings import JobSettings, Settings
 from gateway.store import checkpoints as checkpoint_statements
@@ -42,6 +46,8 @@ from tests.jobs.fake_trainer import Plan
 from tests.tiny_tokenizers import sentencepiece_like
 
 FAKE_TRAINER = Path(__file__).parent / "fake_trainer.py"
+FAKE_STANDBY = Path(__file__).parent / "fake_standby.py"
+ASKED = {"ignore_eos": True, "stream": True, "return_token_ids": True}
 LINES = b'{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}\n' * 12
 
 
@@ -78,14 +84,25 @@ class Workshop:
             Base("tiny", base_bundle(), self.pool, "tiny", self.engine.max_model_len, 1, prepared), ["gpt-4o-mini"]
         )
         self.engine_is_there = True
+        settings = JobSettings(**jobs)
+        self.standby = Standby(
+            settings.standby,
+            settings.trainer_threads,
+            self.data_dir.path,
+            lambda: child_environment(os.environ),
+            (sys.executable, str(FAKE_STANDBY), str(self.plan_file)),
+        )
         self.supervisor = Supervisor(
             self.store,
             self.blobs,
             self.data_dir,
-            Settings(jobs=JobSettings(**jobs)),
+            Settings(jobs=settings),
             self.catalog,
             self._engine_of,
-            Launcher((sys.executable, str(FAKE_TRAINER), str(self.plan_file))),
+            Launcher(
+                (sys.executable, str(FAKE_TRAINER), str(self.plan_file)), self.standby if "standby" in jobs else None
+            ),
+            memory=MemoryEvents(folder / "machine"),
         )
 
     def _engine_of(self, base: str) -> Pool:
@@ -140,6 +157,30 @@ class Workshop:
 
     async def models(self) -> list[ModelRow]:
         return await self.store.read(model_statements.list_all)
+
+    async def serve_rows(self) -> None:
+        """What a start does with the models that the database has: `House` does it."""
+        for row in await self.models():
+            adapter = Adapter(row.engine_name, Path(row.adapter_path), "tiny", row.adapter_digest)
+            if row.step_number is None:
+                self.pool.set_desired([*self.pool._desired.values(), adapter])
+            else:
+                self.pool.first_use.offer([adapter])
+            self.catalog.publish(
+                TunedModel(row.name, row.base, base_bundle(), row.engine_name, row.created_at, row.owned_by)
+            )
+
+    async def ask(self, model: str) -> list[int]:
+        """The tokens of a short reply, as a request gets them. Raises what a client is told."""
+        served = self.catalog.resolve(model, "default")
+        body = {"model": served.engine_model, "prompt": [1, 5, 6], "max_tokens": 4, "temperature": 0, **ASKED}
+        stream = await served.client.stream(body)
+        tokens: list[int] = []
+        while frames := await stream.frames():
+            for frame in frames:
+                for choice in frame["choices"]:
+                    tokens += choice["token_ids"] or []
+        return tokens
 
     async def wait_for(self, job_id: str, *statuses: str, timeout_s: float = 60) -> Job:
         job = await self.job(job_id)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from openai.types.fine_tuning import FineTuningJob
 
 from gateway.errors import RequestError
@@ -190,6 +193,7 @@ def test_integrations_are_kept_for_the_trainer() -> None:
         ({"type": "wandb", "wandb": {"project": "p", "entity": "a\nb"}}, "integrations[0].wandb.entity"),
         ({"type": "wandb", "wandb": {"project": "p", "tags": "a"}}, "integrations[0].wandb.tags"),
         ({"type": "wandb", "wandb": {"project": "p", "tags": [""]}}, "integrations[0].wandb.tags"),
+        ({"type": "wandb", "wandb": {"project": "p", "tags": ["\0"]}}, "integrations[0].wandb.tags"),
         ({"type": "wandb", "wandb": {"project": "p", "tags": ["a"] * 33}}, "integrations[0].wandb.tags"),
         ({"type": "wandb", "wandb": {"project": "p", "api_key": "s3cret"}}, "integrations[0].wandb.api_key"),
     ],
@@ -203,6 +207,30 @@ def test_what_else_cannot_be_told_of_the_training_is_refused() -> None:
     assert refusal(integrations=[{"type": "wandb", "wandb": WANDB}] * 6).param == "integrations"
     for tracking in ("mlflow", ["wandb"], [1], {}):
         assert refusal(tunegate={"tracking": tracking}).param == "tunegate.tracking"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+NAMES = ["type", "supervised", "dpo", "hyperparameters", "wandb", "project", "tags", "tracking", "beta", *OPTIONS]
+NEARLY = st.recursive(
+    JSON | st.sampled_from(["dpo", "supervised", "wandb", "kto", "auto", "all", "none", 1, 0.5, True]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from([*NAMES, "method"]), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=200, derandomize=True, database=None, deadline=None)
+@given(body=st.dictionaries(st.sampled_from(["method", "hyperparameters", "integrations", "tunegate"]), NEARLY))
+def test_whatever_is_sent_is_taken_or_refused_by_name_and_never_a_fault_of_ours(body: dict[str, Any]) -> None:
+    try:
+        asked = parse_create(MINIMAL | body)
+    except RequestError as error:
+        assert error.param and error.param.partition(".")[0].partition("[")[0] in body
+    else:
+        assert json.loads(json.dumps(asdict(asked.how))) == asdict(asked.how), "what is taken can be kept as JSON"
 
 
 def shown(**changes: Any) -> tuple[FineTuningJob, dict[str, Any]]:

@@ -163,12 +163,49 @@ async def test_a_kill_just_before_the_publishing_commit_publishes_once_after_the
         await gateway.start(create=True, barrier=f"before-publication-commit:{barrier}")
         await until(Path(f"{barrier}.reached").exists)
         await gateway.kill()
-        assert await gateway.models() == []
+        (checkpoint,) = await gateway.models()
+        assert checkpoint.endswith(":ckpt-step-6")
         await gateway.start()
         job = await gateway.wait_for_end()
         assert job.status == "succeeded", (job.error, gateway.log())
-        models = await gateway.models()
-        assert models[0] == job.fine_tuned_model and len(models) == 2
+        assert await gateway.models() == [checkpoint, job.fine_tuned_model]
+        assert_told_once(await gateway.events(), 6)
+    finally:
+        await gateway.stop()
+
+
+@pytest.mark.parametrize("point", ["before-checkpoint-commit", "after-checkpoint-commit"])
+async def test_a_kill_while_a_checkpoint_is_listed_lists_it_once_and_keeps_the_last_three(
+    tmp_path: Path, base: PreparedBase, adapter: Path, point: str
+) -> None:
+    """At the fourth, which is the first that drops another."""
+    gate, barrier = tmp_path / "gate", tmp_path / "barrier"
+    adapters = {str(number): str(adapter) for number in range(1, 7)}
+    plan = Plan(
+        adapter=str(adapter), checkpoint_every=1, checkpoint_adapters=adapters, gate=str(gate), gate_at=4, step_s=0.1
+    )
+    gateway = Mortal(tmp_path, base, plan)
+    try:
+        await gateway.start(create=True)
+        for _ in range(600):
+            if len(await gateway.models()) == 3:
+                break
+            await asyncio.sleep(0.05)
+        await gateway.kill()
+        await gateway.start(barrier=f"{point}:{barrier}")
+        gate.touch()
+        await until(Path(f"{barrier}.reached").exists)
+        await gateway.kill()
+        folders = list((tmp_path / "data" / "adapters").iterdir())
+        assert len(folders) == 1, "linked before it is listed; the same weights are kept once"
+        listed = [name.rpartition("-")[2] for name in await gateway.models()]
+        assert len(listed) == 3 and (listed == ["1", "2", "3"]) == (point == "before-checkpoint-commit")
+        await gateway.start()
+        job = await gateway.wait_for_end()
+        assert job.status == "succeeded", (job.error, gateway.log())
+        *checkpoints, final = await gateway.models()
+        assert final == job.fine_tuned_model
+        assert [name.rpartition("-")[2] for name in checkpoints] == ["4", "5", "6"]
         assert_told_once(await gateway.events(), 6)
     finally:
         await gateway.stop()

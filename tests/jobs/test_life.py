@@ -50,7 +50,8 @@ async def test_a_job_becomes_a_model_that_its_engine_serves(
         names = {name, *(c.name for c in checkpoints)}
         assert {row.name for row in await shop.models()} == names, "the checkpoints are servable too"
         for served in names:
-            assert engine.serves(shop.catalog.resolve(served, "default").engine_model)
+            assert len(await shop.ask(served)) == 4
+        assert engine.serves(shop.catalog.resolve(name, "default").engine_model)
         assert {pid for pid, _, _ in shop.steps(job.id)} == {shop.steps(job.id)[0][0]}
 
 

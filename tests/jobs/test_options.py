@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
+import math
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,6 @@ from tests.jobs.fake_trainer import Plan
 from tests.jobs.parts import Workshop, open_workshop
 from tests.jobs.test_how_to_train import EVERY_OPTION, WANDB
 from tests.jobs.test_routes import front_door, refused
-from tests.tiny_architectures import SHAPES, random_model
 
 pytestmark = pytest.mark.anyio
 
@@ -31,8 +31,11 @@ async def ask(shop: Workshop, client: Any, **fields: Any) -> Any:
 
 
 async def test_what_was_asked_for_reaches_the_trainer_and_is_shown(
-    tmp_path: Path, base: PreparedBase, engine: Engine
+    tmp_path: Path, base: PreparedBase, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(
+        sys.modules, "bitsandbytes", math
+    )  # there, whether or not it is installed: nothing imports it here
     async with open_workshop(tmp_path, base, engine, waits(tmp_path)) as shop, front_door(shop) as client:
         job = await ask(
             shop,
@@ -69,6 +72,30 @@ async def test_what_was_not_asked_for_is_shown_as_it_was_decided(
         assert (spec.method, spec.hyperparameters.beta, spec.lora.rank) == ("dpo", 0.5, 16)
         assert job.method is not None and job.method.type == "dpo" and job.hyperparameters.n_epochs is None
         await client.fine_tuning.jobs.cancel(job.id)
+
+
+async def test_a_job_that_an_earlier_version_kept_is_shown_with_what_is_known_of_it(
+    tmp_path: Path, base: PreparedBase, engine: Engine
+) -> None:
+    async with open_workshop(tmp_path, base, engine, waits(tmp_path)) as shop, front_door(shop) as client:
+        job = await ask(shop, client, extra_body={"tunegate": {"turns": "last"}})
+        old = "UPDATE jobs SET options = NULL, integrations = NULL"
+        await shop.store.write(lambda connection: connection.exec_driver_sql(old))
+        again = await client.fine_tuning.jobs.retrieve(job.id)
+        assert cast("Any", again).tunegate == {"turns": "last"} and again.integrations == []
+        await client.fine_tuning.jobs.cancel(job.id)
+
+
+async def test_what_the_server_has_no_package_for_is_refused_before_the_job_is_there(
+    tmp_path: Path, base: PreparedBase, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as Python has it of what cannot be imported
+    async with open_workshop(tmp_path, base, engine, waits(tmp_path)) as shop, front_door(shop) as client:
+        error = await refused(ask(shop, client, extra_body={"tunegate": {"quantization": "nf4"}}))
+        assert (error["status"], error["param"]) == (400, "tunegate.quantization")
+        assert "bitsandbytes" in error["message"] and list(shop.data_dir.jobs.iterdir()) == []
+        plain = await ask(shop, client, extra_body={"tunegate": {"quantization": "none"}})
+        await client.fine_tuning.jobs.cancel(plain.id)
 
 
 async def test_what_the_base_or_its_engine_cannot_do_is_refused_where_it_was_said(
@@ -112,18 +139,6 @@ async def test_one_idempotency_key_stands_for_one_way_to_train(
         assert (await refused(again(extra_body={"tunegate": {"lora_rank": 4}})))["param"] == "tunegate"
         assert (await refused(again(extra_body={"tunegate": {"lora_rank": 8, "method": "kto"}})))["param"] == "method"
         await jobs.cancel(job.id)
-
-
-@pytest.mark.parametrize("architecture", sorted(SHAPES))
-async def test_the_linear_modules_are_those_that_the_trainer_would_change(tmp_path: Path, architecture: str) -> None:
-    from trainer.model import target_modules
-
-    model = await asyncio.to_thread(random_model, architecture, 64)
-    await asyncio.to_thread(model.save_pretrained, tmp_path)
-    expected = tuple(target_modules(model, "all-linear"))
-    as_hf = PreparedBase("tiny", tmp_path, None, "sha256:0", architecture, 256, "x", (2,), hf=tmp_path)
-    as_gguf = PreparedBase("tiny", tmp_path, tmp_path / "model.gguf", "sha256:0", "?", 256, "x", (2,))
-    assert linear_modules(as_hf) == linear_modules(as_gguf) == expected
 
 
 async def test_a_base_whose_weights_cannot_be_read_has_no_list_to_be_held_against(tmp_path: Path) -> None:

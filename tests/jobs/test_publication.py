@@ -92,38 +92,6 @@ async def test_a_trainer_that_says_succeeded_but_left_no_adapter_fails_the_job(
         assert "is not a folder" in await fail_with(shop, "adapter_not_servable")
 
 
-async def test_a_checkpoint_that_is_refused_costs_a_warning_and_not_the_job(
-    tmp_path: Path, base: PreparedBase, engine: Engine, adapter: Path
-) -> None:
-    broken = shutil.copytree(adapter, tmp_path / "broken")
-    (broken / "adapter.gguf").write_bytes(b"GGUF and nothing more")
-    write_manifest(broken, base.digest)
-    spoiled = shutil.copytree(adapter, tmp_path / "spoiled")
-    (spoiled / "witness.json").unlink()
-    plan = Plan(
-        adapter=str(adapter),
-        steps=9,
-        checkpoint_adapters={"3": str(broken), "6": str(spoiled), "9": str(adapter)},
-    )
-    async with open_workshop(tmp_path, base, engine, plan) as shop:
-        ended = await shop.wait_for((await shop.create()).id, "succeeded")
-        warned = [event.message for event in await shop.events(ended.id) if event.level == "warn"]
-        assert len(warned) == 2 and "ckpt-step-3" in "".join(warned) and "ckpt-step-6" in "".join(warned)
-        assert [row.step_number for row in await shop.models()] == [None, 9]
-        assert len(await shop.checkpoints(ended.id)) == 3
-
-
-async def test_only_the_newest_three_checkpoints_become_models(
-    tmp_path: Path, base: PreparedBase, engine: Engine, adapter: Path
-) -> None:
-    adapters = {str(step): str(adapter) for step in range(1, 6)}
-    plan = Plan(adapter=str(adapter), steps=5, checkpoint_every=1, checkpoint_adapters=adapters)
-    async with open_workshop(tmp_path, base, engine, plan) as shop:
-        ended = await shop.wait_for((await shop.create()).id, "succeeded")
-        assert [row.step_number for row in await shop.models()] == [None, 3, 4, 5]
-        assert [c.step_number for c in await shop.checkpoints(ended.id)] == [1, 2, 3, 4, 5]
-
-
 async def test_names_follow_from_the_job_and_checkpoints_have_characters_of_their_own(
     tmp_path: Path, base: PreparedBase, engine: Engine, adapter: Path
 ) -> None:

@@ -15,6 +15,7 @@ import pytest
 from gateway.bases import PreparedBase
 from gateway.engines.engine import Engine
 from gateway.jobdir import process_start_time
+from gateway.jobs.memory import MemoryEvents
 from gateway.store import events as event_statements
 from gateway.store import jobs as statements
 from gateway.store.events import NewEvent
@@ -56,6 +57,41 @@ async def test_a_trainer_that_never_gets_further_fails_the_job_with_its_last_wor
         assert ended.error is not None and ended.error["code"] == "trainer_failed"
         assert "about to die at step 2" in ended.error["message"]
         assert [attempt for _, attempt, _ in shop.steps(ended.id)] == [1, 2, 3]
+
+
+async def test_a_trainer_that_the_system_kills_for_want_of_memory_fails_the_job_with_what_to_change(
+    tmp_path: Path, base: PreparedBase, engine: Engine
+) -> None:
+    vmstat = tmp_path / "machine" / "proc" / "vmstat"
+    vmstat.parent.mkdir(parents=True)
+    vmstat.write_text("oom_kill 0\n")
+    async with open_workshop(tmp_path, base, engine, Plan(always_kill_at=2, oom_vmstat=str(vmstat))) as shop:
+        ended = await shop.wait_for((await shop.create()).id, "failed")
+        assert ended.error is not None
+        assert (ended.error["code"], ended.error["param"]) == ("out_of_memory", "hyperparameters")
+        for change in ("batch_size (it was 4)", "max_length (it was ", 'quantization "nf4"'):
+            assert change in ended.error["message"]
+        warned = [event.message for event in await shop.events(ended.id) if event.level == "warn"]
+        assert len(warned) == 2 and all("killed by the system, which was out of memory" in text for text in warned)
+
+
+@pytest.mark.parametrize(
+    ("group", "place"),
+    [
+        ("0::/job\n", "sys/fs/cgroup/job/memory.events"),
+        ("3:cpu:/\n2:memory:/job\n0::/\n", "sys/fs/cgroup/memory/job/memory.oom_control"),
+        ("", "proc/vmstat"),
+    ],
+)
+def test_who_was_killed_for_want_of_memory_is_read_where_the_kernel_says_it(
+    tmp_path: Path, group: str, place: str
+) -> None:
+    events = MemoryEvents(tmp_path)
+    assert events.oom_kills() is None
+    for path, content in (("proc/self/cgroup", group), (place, "low 0\noom 2\noom_kill 1\noom_kill_disable 0\n")):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(content)
+    assert events.oom_kills() == 1
 
 
 async def test_each_new_checkpoint_renews_the_budget(

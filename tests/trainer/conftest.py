@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from gateway.jobdir import Hyperparameters, JobDir
+from gateway.jobdir import BaseRef, Hyperparameters, JobDir
 from tests.tiny_model import write_examples, write_job, write_tiny_model
 
 HYPERPARAMETERS = Hyperparameters(n_epochs=12, batch_size=8, learning_rate_multiplier=0.5)  # 60 steps, 5 an epoch
@@ -40,6 +41,13 @@ def tiny_base(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     done = run_prepare(tiny_source, out)
     assert done.returncode == 0, done.stderr
     return out
+
+
+@pytest.fixture(scope="session")
+def tiny_ref(tiny_base: Path) -> BaseRef:
+    return BaseRef(
+        "tiny", str(tiny_base), "model.q4_0.gguf", json.loads((tiny_base / "base.json").read_text())["digest"]
+    )
 
 
 @pytest.fixture(scope="session")

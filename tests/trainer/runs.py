@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from gateway.jobdir import BaseRef, Check, JobDir, Lora, Method, Options, read_events
 from tests.tiny_model import write_examples, write_job
@@ -26,14 +27,15 @@ class Settings:
     n_epochs: int = 1
     learning_rate_multiplier: float = 1.0
     beta: float | None = 0.1
-    pass_size: int | None = None  # conversations that go through the model together
+    pass_tokens: int = 16_384
+    validation: Examples | None = None
 
 
 @dataclass(frozen=True)
 class Trained:
     job: JobDir
+    metrics: list[dict[str, Any]]
     losses: list[float]
-    accuracies: list[float]
     order: list[int]  # conversations of the first epoch
 
 
@@ -59,13 +61,14 @@ def train_in_process(folder: Path, base: BaseRef, examples: Examples, settings: 
     objective = make_objective(spec, check, examples)
     attempt = job.next_attempt()
     with EventLog(job.events_path(attempt)) as events:
-        progress = Progress(events, check, model, None, set(), objective)
-        loop.train(loop.Run(job, spec, check, model, examples, None, objective, numbers), progress)
+        progress = Progress(events, check, model, settings.validation, set(), objective)
+        run = loop.Run(job, spec, check, model, examples, settings.validation, objective, numbers, settings.pass_tokens)
+        loop.train(run, progress)
     metrics = [event.data for event, _ in read_events(job.events_path(attempt)) if event.type == "metrics"]
     order = Batches(examples, settings.batch_size, settings.batch_size, spec.seed)
     return Trained(
         job,
+        metrics,
         [data["train_loss"] for data in metrics],
-        [data["train_mean_token_accuracy"] for data in metrics],
         [number for inputs in order for number in inputs["numbers"].tolist()],
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +12,16 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from gateway.bases import read_base
 from gateway.jobdir import BaseRef, Lora
+from gateway.jobs.target_modules import linear_modules
 from tests.tiny_architectures import SHAPES, write_tiny_architecture
 from tests.trainer.llama_scores import llama_model, reply_logprobs
 from trainer.export.adapter import write_peft_files
 from trainer.export.lora_gguf import write_lora_gguf
 from trainer.export.prepare import prepare
 from trainer.export.tensors import Layout, UnsupportedModel
-from trainer.model import add_lora, load_base
+from trainer.model import add_lora, load_base, target_modules
 from trainer.scoring import evaluating, token_logprobs
 
 torch.set_num_threads(1)
@@ -68,6 +70,16 @@ def difference(folder: Path, gguf_name: str, out: Path) -> Difference:
         float(np.abs(tuned - their_tuned).max()),
         float(np.abs(tuned - base).mean()),
     )
+
+
+@pytest.mark.parametrize("architecture", SHAPES)
+def test_the_gateway_knows_which_modules_the_trainer_would_change(architecture: str, bases: dict[str, Path]) -> None:
+    """Without torch, from what lies in the prepared folder, for a base in GGUF and for one as on Hugging Face."""
+    folder = bases[architecture]
+    model = load_base(BaseRef("x", str(folder), "model.q4_0.gguf", "sha256:0"))
+    as_gguf = read_base(folder)
+    as_hf = replace(as_gguf, gguf=None, hf=folder.parent / "sources" / architecture)
+    assert linear_modules(as_gguf) == linear_modules(as_hf) == tuple(target_modules(model, "all-linear"))
 
 
 @pytest.mark.parametrize("architecture", SHAPES)

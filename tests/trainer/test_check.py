@@ -264,7 +264,7 @@ def test_auto_follows_the_size_of_the_data_and_the_method() -> None:
     assert [auto_epochs(n, "dpo") for n in (10, 300, 100_000)] == [10, 2, 1]
     assert [auto_batch_size(n, "kto") for n in (10, 300)] == [8, 16]
     assert resolve(Hyperparameters(), 10) == Resolved(10, 4, 1.0, None)
-    assert resolve(Hyperparameters(), 300, "dpo") == Resolved(2, 8, 0.1, 0.1)
+    assert resolve(Hyperparameters(), 300, "dpo") == Resolved(2, 8, 1.0, 0.1)
     asked = Hyperparameters(n_epochs=2, batch_size=64, learning_rate_multiplier=0.5, beta=0.3)
     assert resolve(asked, 10) == Resolved(2, 10, 0.5, None)
     assert resolve(asked, 10, "orpo") == Resolved(2, 10, 0.5, 0.3)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -24,8 +25,9 @@ from gateway.chat.registry import registered_templates
 from gateway.chat.render import render_prompt
 from tests.tiny_architectures import write_tiny_architecture
 from tests.trainer.llama_scores import llama_model, reply_logprobs
+from tests.trainer.test_lora_gguf import write_random_adapter
 from tests.trainer.tuned_models import PROMPTS, REPLIES, Quiet, base_ref, tune
-from trainer.export.__main__ import export
+from trainer.export.__main__ import export, require_disk
 from trainer.export.checkpoint import GgufWeights, write_weights
 from trainer.export.jinja_form import jinja_form
 from trainer.export.merge import Merge, Tuned
@@ -71,6 +73,24 @@ def test_a_merged_checkpoint_is_what_peft_itself_merges(architecture: str, tmp_p
     for name, tensor in written.items():
         assert torch.allclose(tensor, merged[name], atol=1e-6), name
         assert torch.equal(tensor, before[name]) != name.endswith("_proj.weight"), name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"use_rslora": True}, {"alpha_pattern": {"q_proj": 32}, "rank_pattern": {"down_proj": 2}}],
+    ids=["rslora", "patterns"],
+)
+def test_what_scales_an_adapter_is_merged_as_peft_merges_it(changes: dict[str, Any], tmp_path: Path) -> None:
+    model = write_random_adapter(tmp_path, "Qwen2ForCausalLM", **changes)
+    state = model.get_base_model().state_dict().items()
+    before = {name.replace(".base_layer", ""): weight.clone() for name, weight in state if ".lora_" not in name}
+    merge = Merge(tmp_path)
+    for name, wanted in model.merge_and_unload().state_dict().items():
+        ours = merge.apply(name, before[name].numpy())
+        assert np.allclose(ours, wanted.numpy(), atol=1e-6), name
+        merge.count(before[name].numpy(), ours)
+    merge.finish()
+    assert merge.changed == merge.total == 14
 
 
 def test_a_checkpoint_brings_its_tokenizer_its_template_and_where_replies_end(
@@ -209,6 +229,12 @@ def test_what_cannot_be_exported_is_said_before_anything_is_made(
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "the adapter was trained on the base with the digest" in done.stderr
     assert left_in(tmp_path) == ["other"]
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="GB free, and this takes up to 1152921504"):
+        require_disk(tmp_path / "not" / "yet", 1 << 60)
+    assert left_in(tmp_path) == []
 
 
 def test_llama_cpp_is_asked_the_very_tokens_of_the_witness(tuned: tuple[Tuned, PeftModel], tmp_path: Path) -> None:

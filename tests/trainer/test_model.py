@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,9 +68,8 @@ def test_only_the_adapter_learns_and_the_head_has_none(base: BaseRef) -> None:
     assert all(torch.equal(tensor, same[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_model_that_goes_on_begins_where_the_other_ended(base: BaseRef, finished_job: JobDir) -> None:
-    lora = Lora(rank=4, alpha=8)
-    model = add_lora(load_base(base), lora, seed=2, start=finished_job.adapter)
+def test_a_model_that_goes_on_begins_where_the_other_ended(base: BaseRef, finished_job: JobDir, tmp_path: Path) -> None:
+    model = add_lora(load_base(base), Lora(), seed=2, start=finished_job.adapter)
     (item, *_) = json.loads((finished_job.adapter / "witness.json").read_text())["items"]
     ids, first = item["prompt_ids"] + item["reply_ids"], len(item["prompt_ids"])
     with evaluating(model):
@@ -77,9 +77,12 @@ def test_a_model_that_goes_on_begins_where_the_other_ended(base: BaseRef, finish
         with model.disable_adapter():
             assert token_logprobs(model, ids, first) == pytest.approx(item["base_logprobs"], abs=1e-5)
     assert all(parameter.requires_grad == ("lora_" in name) for name, parameter in model.named_parameters())
-    for other in (Lora(rank=8, alpha=8), Lora(rank=4, alpha=8, target_modules="q_proj")):
+    shutil.copy(finished_job.adapter / "adapter_model.safetensors", tmp_path)
+    config = json.loads((finished_job.adapter / "adapter_config.json").read_text())
+    for other in ({"r": 8}, {"target_modules": ["q_proj"]}):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | other))
         with pytest.raises(UnsupportedModel, match="does not fit this model"):
-            add_lora(load_base(base), other, seed=2, start=finished_job.adapter)
+            add_lora(load_base(base), Lora(), seed=2, start=tmp_path)
 
 
 def test_rslora_divides_by_the_root_of_the_rank(base: BaseRef) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import warnings
 from collections.abc import Iterator
@@ -17,8 +16,9 @@ from peft import PeftModel
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from gateway.chat.render import IGNORED, TrainingSequence
+from gateway.chat.render import TrainingSequence
 from gateway.jobdir import BaseRef, Lora, Method
+from tests.trainer.drawn import draw_pair, draw_sequence, split
 from tests.trainer.runs import Settings, train_in_process
 from trainer.examples import Examples
 from trainer.model import add_lora, base_learning_rate, load_base
@@ -30,31 +30,6 @@ BETA = 0.1
 LORA = Lora(rank=4, alpha=8)
 
 
-def draw_sequence(draw: random.Random, prompt: list[int] | None = None) -> TrainingSequence:
-    """A prompt, and a reply that is trained on."""
-    prompt = prompt or [1, *draw.choices(range(3, 440), k=draw.randrange(4, 20))]
-    reply = [*draw.choices(range(3, 440), k=draw.randrange(3, 25)), 2]
-    return TrainingSequence(prompt + reply, [IGNORED] * len(prompt) + reply)
-
-
-def draw_pair(draw: random.Random, prompt: list[int] | None = None) -> list[TrainingSequence]:
-    chosen = draw_sequence(draw, prompt)
-    return [chosen, draw_sequence(draw, split(chosen)[0])]
-
-
-def split(sequence: TrainingSequence) -> tuple[list[int], list[int]]:
-    """(prompt, reply)."""
-    first = next(place for place, label in enumerate(sequence.labels) if label != IGNORED)
-    return sequence.ids[:first], sequence.ids[first:]
-
-
-@pytest.fixture
-def base(tiny_base: Path) -> BaseRef:
-    return BaseRef(
-        "tiny", str(tiny_base), "model.q4_0.gguf", json.loads((tiny_base / "base.json").read_text())["digest"]
-    )
-
-
 @pytest.fixture
 def tokenizer(tiny_base: Path) -> PreTrainedTokenizerFast:
     """TRL asks for one; all ids are made already."""
@@ -63,7 +38,7 @@ def tokenizer(tiny_base: Path) -> PreTrainedTokenizerFast:
 
 
 def run_ours(
-    folder: Path, base: BaseRef, method: Method, conversations: list[list[TrainingSequence]], **more: Any
+    folder: Path, tiny_ref: BaseRef, method: Method, conversations: list[list[TrainingSequence]], **more: Any
 ) -> tuple[list[float], list[int]]:
     """Losses, and the conversations in the order in which they were trained on."""
     desirable = more.pop("desirable", None)
@@ -71,7 +46,7 @@ def run_ours(
     settings = Settings(
         method, LORA, batch_size=batch_size, learning_rate_multiplier=rate_multiplier(method), beta=BETA
     )
-    run = train_in_process(folder, base, Examples.of(conversations, desirable), settings)
+    run = train_in_process(folder, tiny_ref, Examples.of(conversations, desirable), settings)
     return run.losses, run.order
 
 
@@ -120,8 +95,8 @@ def settings_of_trl(folder: Path, batch_size: int = BATCH) -> dict[str, Any]:
     }
 
 
-def fresh_model(base: BaseRef) -> PeftModel:
-    return add_lora(load_base(base), LORA, seed=7)
+def fresh_model(tiny_ref: BaseRef) -> PeftModel:
+    return add_lora(load_base(tiny_ref), LORA, seed=7)
 
 
 @pytest.fixture(autouse=True)
@@ -131,13 +106,13 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def test_supervised(base: BaseRef, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_supervised(tiny_ref: BaseRef, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     draw = random.Random(1)
     conversations = [[draw_sequence(draw)] for _ in range(STEPS * BATCH)]
-    ours, order = run_ours(tmp_path / "ours", base, "supervised", conversations)
+    ours, order = run_ours(tmp_path / "ours", tiny_ref, "supervised", conversations)
     rows = [{"input_ids": c[0].ids, "labels": c[0].labels} for c in (conversations[n] for n in order)]
     trainer = trl.SFTTrainer(
-        model=fresh_model(base),
+        model=fresh_model(tiny_ref),
         args=trl.SFTConfig(**settings_of_trl(tmp_path / "theirs"), dataset_kwargs={"skip_prepare_dataset": True}),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
@@ -146,31 +121,31 @@ def test_supervised(base: BaseRef, tokenizer: PreTrainedTokenizerFast, tmp_path:
     assert len(ours) == STEPS and ours[-1] < ours[0] - 0.1
 
 
-def test_dpo(base: BaseRef, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_dpo(tiny_ref: BaseRef, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     draw = random.Random(2)
     pairs = [draw_pair(draw) for _ in range(STEPS * BATCH)]
-    ours, order = run_ours(tmp_path / "ours", base, "dpo", pairs)
+    ours, order = run_ours(tmp_path / "ours", tiny_ref, "dpo", pairs)
     trainer = trl.DPOTrainer(
-        model=fresh_model(base),
+        model=fresh_model(tiny_ref),
         args=trl.DPOConfig(**settings_of_trl(tmp_path / "theirs"), beta=BETA),
         train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * BATCH),
         processing_class=tokenizer,
     )
     ids = [(split(chosen), split(rejected)) for chosen, rejected in (pairs[n] for n in order)]
     trainer.train_dataset = Dataset.from_list(
-        [{"prompt_ids": c[0], "chosen_ids": c[1], "rejected_ids": r[1]} for c, r in ids]
+        [{"prompt_ids": c.prompt, "chosen_ids": c.reply, "rejected_ids": r.reply} for c, r in ids]
     )
     assert ours == pytest.approx(run_trl(trainer), abs=1e-4)
     assert len(ours) == STEPS and len({round(loss, 3) for loss in ours}) > STEPS / 2
 
 
-def test_kto(base: BaseRef, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_kto(tiny_ref: BaseRef, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     draw = random.Random(3)
     conversations = [[draw_sequence(draw)] for _ in range(STEPS * BATCH)]
     desirable = [n % 2 == 0 for n in range(len(conversations))]
-    ours, order = run_ours(tmp_path / "ours", base, "kto", conversations, desirable=desirable)
+    ours, order = run_ours(tmp_path / "ours", tiny_ref, "kto", conversations, desirable=desirable)
     trainer = trl.KTOTrainer(
-        model=fresh_model(base),
+        model=fresh_model(tiny_ref),
         args=trl.KTOConfig(**settings_of_trl(tmp_path / "theirs"), beta=BETA),
         train_dataset=Dataset.from_list(
             [{"prompt": "a", "completion": "b", "label": n % 2 == 0} for n in range(BATCH)]
@@ -180,10 +155,10 @@ def test_kto(base: BaseRef, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) 
     rows = []
     for start in range(0, len(order), BATCH):  # as TRL's own preparation pairs prompts and replies
         batch = order[start : start + BATCH]
-        replies = [split(conversations[n][0])[1] for n in batch]
+        replies = [split(conversations[n][0]).reply for n in batch]
         rows += [
             {
-                "prompt_ids": split(conversations[n][0])[0],
+                "prompt_ids": split(conversations[n][0]).prompt,
                 "completion_ids": replies[place],
                 "KL_completion_ids": replies[place - 1],
                 "label": desirable[n],
@@ -195,15 +170,15 @@ def test_kto(base: BaseRef, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) 
     assert len({round(loss, 3) for loss in ours}) > STEPS / 2
 
 
-def test_orpo(base: BaseRef, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_orpo(tiny_ref: BaseRef, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """One pair a batch, and prompts of one token: with more, TRL weighs by tokens and learns the prompts (see `orpo`)."""
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
     draw = random.Random(4)
     pairs = [draw_pair(draw, prompt=[1]) for _ in range(STEPS)]
-    ours, order = run_ours(tmp_path / "ours", base, "orpo", pairs, batch_size=1)
+    ours, order = run_ours(tmp_path / "ours", tiny_ref, "orpo", pairs, batch_size=1)
     trainer = ORPOTrainer(
-        model=fresh_model(base),
+        model=fresh_model(tiny_ref),
         args=ORPOConfig(**settings_of_trl(tmp_path / "theirs", batch_size=1), beta=BETA),
         train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * BATCH),
         processing_class=tokenizer,

@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from trainer.__main__ import _explained
 from trainer.forecast import Forecast
 from trainer.stopping import Diverged, Divergence, EarlyStopping, InvalidLoss
 
@@ -48,7 +49,7 @@ def test_what_they_remember_survives_a_checkpoint() -> None:
         [2.0] * 500,  # never falls
         [0.1] * 10 + [1.0] * 200,  # ten times the start, and still a good model
         ([3.0] * 10 + [9.0] * 19) * 5,  # nineteen hard batches, again and again
-        [8.0] * 10 + [12.0] * 200,  # half as much again
+        [8.0] * 10 + [11.5] * 200,  # less than half as much again
     ],
 )
 def test_what_is_no_divergence_ends_no_run(losses: list[float]) -> None:
@@ -60,7 +61,7 @@ def test_what_is_no_divergence_ends_no_run(losses: list[float]) -> None:
 def test_a_loss_far_above_its_start_for_twenty_steps_is_one() -> None:
     divergence = Divergence()
     with pytest.raises(
-        Diverged, match=r"the loss was 2\.00 .* more than 4\.00 for 20 steps in a row \(it is 9\.00 at step 30"
+        Diverged, match=r"the loss was 2\.00 .* more than 3\.00 for 20 steps in a row \(it is 9\.00 at step 30"
     ):
         for step in range(1, 100):
             divergence.see(step, 2.0 if step <= 10 else 9.0, 1.0)
@@ -72,6 +73,15 @@ def test_a_gradient_without_a_finite_norm_is_one_at_once(norm: float) -> None:
         Divergence().see(3, 2.0, norm)
     with pytest.raises(InvalidLoss, match="became nan at step 3"):
         Divergence().see(3, math.nan, norm)
+
+
+def test_a_job_that_diverged_says_what_to_change() -> None:
+    explained = _explained(Diverged("the loss was 2"), None, None)
+    assert (explained.code, explained.message, explained.param) == (
+        "training_diverged",
+        "the loss was 2",
+        "hyperparameters",
+    )
 
 
 def test_the_end_is_foreseen_from_two_steps_with_validations_and_checkpoints_counted() -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -20,9 +23,11 @@ from gateway.jobdir import Event, Hyperparameters, JobDir, Prediction, Tracker, 
 from tests.tiny_model import write_job
 from tests.trainer.conftest import folder_bytes, new_job, run_trainer
 from tests.trainer.wandb_records import read_history, read_records
+from trainer.events import EventLog
+from trainer.tracking.followers import Tracking, owed
 
 KEYS = {
-    "WANDB_API_KEY": "planted-wandb-key-0123456789abcdef0123456789",
+    "WANDB_API_KEY": "planted789abcdef0123456789abcdef01234567",
     "MLFLOW_TRACKING_USERNAME": "planted-user",
     "MLFLOW_TRACKING_PASSWORD": "planted-password/+?",
 }
@@ -168,6 +173,7 @@ def test_a_job_that_goes_on_goes_on_in_the_same_run(tracked_job: JobDir, places:
     """The folder as after a kill at step 23 with a checkpoint at step 20: attempt 2 repeats what is behind it."""
     job = JobDir(shutil.copytree(tracked_job.path, tmp_path / "job"))
     shutil.rmtree(job.tracking)
+    (job.path / "result.json").unlink()
     job.write_spec(replace(job.read_spec(), job_id="ftjob-resumed"))
     lines = job.events_path(1).read_bytes().splitlines(keepends=True)
     steps = [json.loads(line)["data"].get("step", 0) for line in lines]
@@ -262,8 +268,9 @@ def test_trackers_that_fail_cost_a_warning_each_and_no_key_gets_anywhere(
         "TensorBoard",
         "Weights & Biases",
     ]
-    assert any("[hidden]" in message for message in warnings), warnings
-    assert any(KEYS["MLFLOW_TRACKING_PASSWORD"] in base64.b64decode(given[6:]).decode() for given in echo.asked)  # type: ignore[attr-defined]
+    assert sum("[hidden]" in message for message in warnings) == 2, "W&B and MLflow quoted what they were answered"
+    given = {base64.b64decode(header.partition(" ")[2]).decode() for header in echo.asked}  # type: ignore[attr-defined]
+    assert given == {f"api:{KEYS['WANDB_API_KEY']}", "planted-user:planted-password/+?"}
     for folder in (job, tracked_job):
         assert quoting(folder.path) == []
 
@@ -278,3 +285,23 @@ def quoting(folder: Path) -> list[str]:
         for path in folder.rglob("*")
         if path.is_file() and any(form in path.read_bytes() for form in forms)
     ]
+
+
+def test_a_tracker_that_never_answers_is_waited_for_a_bounded_time(tracked_job: JobDir, tmp_path: Path) -> None:
+    job = JobDir(shutil.copytree(tracked_job.path, tmp_path / "job"))
+    shutil.rmtree(job.tracking)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        tracked(job, Tracker("mlflow", f"http://127.0.0.1:{silent.getsockname()[1]}"))
+        with (
+            EventLog(job.events_path(2)) as events,
+            Tracking(job, job.read_spec().trackers, events, end_wait_s=3.0) as tracking,
+        ):
+            tracking.on_end("succeeded")
+    (warning,) = events_of(job, "message", 2)
+    assert warning.message == (
+        "MLflow could not be told; training is not affected: it did not take everything within 3 s after the last step"
+    )
+    lock = os.open(job.tracking / "mlflow.lock", os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its process is gone
+    os.close(lock)
+    assert owed(job, job.read_spec())

@@ -82,7 +82,7 @@ def export(tuned: Tuned, to: str, kind: str | None, out: Path, threads: int, pro
     kind = checked_type(to, kind, tuned)
     size = expected_bytes(tuned, to, kind)
     in_tar = to != "gguf" and out.suffix == ".tar"
-    _require_disk(out.parent, _needed_bytes(tuned, to, kind, size, in_tar))
+    require_disk(out.parent, _needed_bytes(tuned, to, kind, size, in_tar))
     _tell(expected_bytes=size)
     with workspace(out) as work:
         made = work / ("model.gguf" if to == "gguf" else "folder")
@@ -208,7 +208,8 @@ def _needed_bytes(tuned: Tuned, to: str, kind: str | None, size: int, in_tar: bo
     return size + (min(size, 5_000_000_000) if in_tar else 0)
 
 
-def _require_disk(folder: Path, needed: int) -> None:
+def require_disk(folder: Path, needed: int) -> None:
+    """UnsupportedModel unless the disk of `folder`, which need not be there yet, has as many bytes free, and some more."""
     folder = folder.absolute()
     there = next(path for path in (folder, *folder.parents) if path.is_dir())
     free = shutil.disk_usage(there).free
@@ -247,7 +248,7 @@ def _go_behind() -> None:
         Path("/proc/self/oom_score_adj").write_text("900")
 
     def wait() -> None:
-        sys.stdin.buffer.read()
+        os.read(0, 1)  # not through sys.stdin, whose lock a thread may not hold at the interpreter's end
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 
@@ -22,21 +24,38 @@ from trainer.export.tensors import Layout
 FORMAT = 1
 
 
-def write_adapter(path: Path, model: PeftModel, job: JobDir, spec: JobSpec, witness: dict[str, Any]) -> None:
+def write_adapter(
+    path: Path,
+    model: PeftModel,
+    job: JobDir,
+    spec: JobSpec,
+    witness: dict[str, Any],
+    tensors: dict[str, torch.Tensor] | None = None,
+) -> None:
     """What training a job leaves; see `write_adapter_files`."""
-    write_adapter_files(path, model, job.template, spec.base, spec.template_digest, witness)
+    write_adapter_files(path, model, job.template, spec.base, spec.template_digest, witness, tensors)
 
 
 def write_adapter_files(
-    path: Path, model: PeftModel, template: Path, base: BaseRef, template_digest: str, witness: dict[str, Any]
+    path: Path,
+    model: PeftModel,
+    template: Path,
+    base: BaseRef,
+    template_digest: str,
+    witness: dict[str, Any],
+    tensors: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Makes the folder `path` with exactly ADAPTER_FILES in it, adapter.gguf only for a base that is served as a GGUF."""
+    """Makes the folder `path` with exactly ADAPTER_FILES in it, adapter.gguf only for a base that is served as a GGUF.
+
+    `tensors` are the adapter's, where they had to be gathered from several processes.
+    """
+    tensors = adapter_tensors(model) if tensors is None else tensors
     with complete_folder(path) as folder:
-        config = write_peft_files(folder, model)
+        config = write_peft_files(folder, model, tensors)
         if base.gguf is not None:
-            tensors = {name: tensor.numpy() for name, tensor in _adapter_tensors(model).items()}
             base_config = read_json(Path(base.path) / "config.json")
-            write_lora_gguf(folder / ADAPTER_GGUF, tensors, config, Layout.from_config(base_config))
+            arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+            write_lora_gguf(folder / ADAPTER_GGUF, arrays, config, Layout.from_config(base_config))
         _write_json(folder / "witness.json", witness)
         (folder / "template").mkdir()
         for file in template.iterdir():
@@ -44,12 +63,16 @@ def write_adapter_files(
         _write_json(folder / "manifest.json", _manifest(folder, base, template_digest, config))
 
 
-def write_peft_files(folder: Path, model: PeftModel) -> dict[str, Any]:
+def write_peft_files(folder: Path, model: PeftModel, tensors: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
     """adapter_model.safetensors and adapter_config.json; returns the latter's content.
 
     Not PEFT's own save: it writes sets in the order of their hashes and may look the base up on the hub.
     """
-    save_file(_adapter_tensors(model), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(
+        adapter_tensors(model) if tensors is None else tensors,
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
     config = {
         key: sorted(value) if isinstance(value, (set, frozenset)) else value
         for key, value in model.peft_config["default"].to_dict().items()
@@ -59,9 +82,12 @@ def write_peft_files(folder: Path, model: PeftModel) -> dict[str, Any]:
     return config
 
 
-def _adapter_tensors(model: PeftModel) -> dict[str, Any]:
+def adapter_tensors(
+    model: PeftModel, whole: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+) -> dict[str, torch.Tensor]:
+    """The adapter's tensors by PEFT's names, in their order; `whole` gathers one that is spread over processes."""
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(state.items())}
+    return {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in sorted(state.items())}
 
 
 def _manifest(folder: Path, base: BaseRef, template_digest: str, config: dict[str, Any]) -> dict[str, Any]:

@@ -17,19 +17,24 @@ _KEY_FILE, _PART = ".key", ".part"
 @contextmanager
 def complete_folder(path: Path) -> Iterator[Path]:
     """A new folder to write into; it takes the place of `path` when the block ends without an error."""
-    beside = path.parent / f"{_BESIDE}{path.name}"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    written = beside(path)
+    shutil.rmtree(written, ignore_errors=True)
+    written.mkdir(parents=True)
     try:
-        yield beside
-        _fsync_all(beside)
+        yield written
+        _fsync_all(written)
         if path.exists():
             shutil.rmtree(path)
-        os.replace(beside, path)
+        os.replace(written, path)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(written, ignore_errors=True)
         raise
     fsync_folder(path.parent)
+
+
+def beside(path: Path) -> Path:
+    """Where `path` is written until it is complete."""
+    return path.parent / f"{_BESIDE}{path.name}"
 
 
 @contextmanager

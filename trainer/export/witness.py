@@ -15,11 +15,14 @@ from collections.abc import Callable
 from copy import copy
 from typing import Any
 
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+import torch
+from peft import PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel
 
 from gateway.chat.render import IGNORED
+from trainer.distributed import ALONE, Ranks
 from trainer.examples import Examples
+from trainer.model import load_adapter, wrap
 from trainer.scoring import evaluating, token_logprobs
 
 ITEMS, TOKENS = 6, 24
@@ -40,17 +43,24 @@ class Witness:
         model: PeftModel,
         max_length: int,
         load_served: Callable[[], PreTrainedModel] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._items = _choose(examples, max_length - TOKENS)
         self._load_served = load_served
+        self._ranks = ranks
         self._base: list[list[float]] | None = None
         if load_served is None:
             self._base = self._score_base(model)
 
-    def score(self, model: PeftModel) -> dict[str, Any]:
-        """The content of witness.json."""
+    def score(self, model: PeftModel, tensors: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
+        """The content of witness.json; `tensors` are the adapter's, where they had to be gathered.
+
+        Of several ranks all score, since each has a part of the weights; on a base loaded anew the first does, alone.
+        """
         if self._load_served is not None:
-            model = _moved(model, self._load_served())
+            if not self._ranks.is_first:
+                return {}
+            model = _moved(model, self._load_served(), tensors)
         if self._base is None:
             self._base = self._score_base(model)
         return {
@@ -66,13 +76,20 @@ class Witness:
 
     def _score(self, model: PeftModel) -> list[list[float]]:
         with evaluating(model):
-            return [token_logprobs(model, prompt + drawn, len(prompt)) for prompt, drawn in self._items]
+            return [self._inside(model, prompt + drawn, len(prompt)) for prompt, drawn in self._items]
+
+    def _inside(self, model: PeftModel, ids: list[int], first: int) -> list[float]:
+        ranks = self._ranks if self._load_served is None else ALONE
+        found: list[float] = ranks.inside(model, token_logprobs, model, ids, first)
+        return found
 
 
-def _moved(model: PeftModel, base: PreTrainedModel) -> PeftModel:
+def _moved(model: PeftModel, base: PreTrainedModel, tensors: dict[str, torch.Tensor] | None = None) -> PeftModel:
     """The same adapter on another base."""
-    tuned = get_peft_model(base, copy(model.peft_config["default"]))
-    set_peft_model_state_dict(tuned, get_peft_model_state_dict(model, save_embedding_layers=False))
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False) if tensors is None else tensors
+    with torch.random.fork_rng(devices=[]):  # a fresh adapter draws from the numbers that dropout goes by
+        tuned = wrap(base, copy(model.peft_config["default"]))
+    load_adapter(tuned, tensors)
     return tuned
 
 

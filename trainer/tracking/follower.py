@@ -3,7 +3,8 @@
 Place in the flow: feed → **follower** → a run. A process of its own, started by `followers` or by hand. One rule: it owes the
 job nothing and the job owes it nothing; whatever the tracker does, this process ends, and soon after the trainer does.
 
-    stdin       "succeeded" or "failed" when the trainer is done; its end alone means that the trainer was killed or paused
+    stdin       "succeeded" or "failed" when the trainer is done. Its end alone means that the trainer was killed or paused,
+                or, where there is a result.json, that the job is over: `… < /dev/null` tells such a job by hand
     stdout      one line of JSON for each thing that went wrong
     tracking/KIND.json      the last step that was told, and whether the run was ended with the job
     tracking/KIND.log       the tracebacks, without secrets
@@ -24,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
 
-from gateway.jobdir import JobDir, Tracker, read_json, write_json
+from gateway.jobdir import JobDir, Tracker, TrackerKind, read_json, write_json
 from trainer.tracking.feed import Feed
 from trainer.tracking.run import Open, Run, Status, TrackedJob, describe
 from trainer.tracking.secrets import Secrets
@@ -41,7 +42,7 @@ class Told:
     """How far a tracker has come, as it stands on the disk."""
 
     step: int = 0
-    ended: bool = False
+    ended: bool = False  # it knows that the job succeeded, and has the adapter
 
     @classmethod
     def read(cls, job: JobDir, kind: str) -> Told:
@@ -126,7 +127,7 @@ class Follower:
     def _end(self, status: Status) -> None:
         assert self._run is not None
         self._run.end(status, self._job.adapter if status == "succeeded" else None)
-        if status != "interrupted":
+        if status == "succeeded":
             Told(self._told.step, ended=True).write(self._job, self._tracker.kind)
 
     def _fail(self, error: Exception) -> None:
@@ -149,7 +150,10 @@ class Follower:
             read = os.read(self._control, 64)
             if not read:
                 word = self._word.decode().strip()
-                return cast(Status, word) if word in ("succeeded", "failed") else "interrupted"
+                if word in ("succeeded", "failed"):
+                    return cast(Status, word)
+                result = self._job.read_result()  # there is one when a job that is over is told by hand
+                return "interrupted" if result is None else result.status
             self._word += read
         return None
 
@@ -157,7 +161,7 @@ class Follower:
 def main(arguments: list[str]) -> int:
     """Follows the job as the command line says."""
     job, kind = JobDir(Path(arguments[0]).absolute()), arguments[1]
-    tracker = next(tracker for tracker in job.read_spec().trackers if tracker.kind == kind)
+    tracker = {tracker.kind: tracker for tracker in job.read_spec().trackers}[cast(TrackerKind, kind)]
     job.tracking.mkdir(mode=0o700, exist_ok=True)
     problems = os.dup(1)
     nowhere = os.open(os.devnull, os.O_RDWR)

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from trainer.tracking.samples import Samples  # imports torch, which is not set up yet when this is imported
 
 END_WAIT_S = 60.0  # for the adapter's upload
+_MESSAGE_CHARACTERS = 300
 TITLES = {"wandb": "Weights & Biases", "tensorboard": "TensorBoard", "mlflow": "MLflow"}
 
 
@@ -41,19 +43,25 @@ class Tracking:
     job, as interrupted when another attempt will follow.
     """
 
-    def __init__(self, job: JobDir, spec: JobSpec, events: EventLog) -> None:
-        self._events = events
-        self._job, self._spec = job, spec
+    def __init__(
+        self, job: JobDir, trackers: Sequence[Tracker], events: EventLog, end_wait_s: float = END_WAIT_S
+    ) -> None:
+        self._job, self._trackers, self._events, self._end_wait_s = job, trackers, events, end_wait_s
         self._samples: Samples | None = None
         self._children: list[_Child] = []
 
     def __enter__(self) -> Self:
         secrets = {name: os.environ.pop(name, None) for names in TRACKER_SECRETS.values() for name in names}
-        if self._spec.trackers:
+        if self._trackers:
             self._job.tracking.mkdir(mode=0o700, exist_ok=True)
-        for tracker in self._spec.trackers:
+        for tracker in self._trackers:
+            if Told.read(self._job, tracker.kind).ended:
+                continue
             own = {name: value for name in TRACKER_SECRETS[tracker.kind] if (value := secrets[name])}
-            self._children.append(_Child(self._job, tracker, {**os.environ, **own}))
+            try:
+                self._children.append(_Child(self._job, tracker, {**os.environ, **own}))
+            except OSError as error:
+                self._warn(tracker, f"its process could not be started: {error}")
         return self
 
     def sample_with(self, samples: Samples) -> None:
@@ -62,25 +70,33 @@ class Tracking:
 
     def on_evaluation(self, step: int) -> None:
         """The whole validation file was just measured; called before the metrics of the step are told."""
-        if self._samples is not None:
+        if self._samples is None:
+            return
+        try:
             self._samples.write(step)
+        except Exception as error:  # a model that can be trained may still be none that transformers can have answer
+            self._samples = None
+            said = f"The model gave no sample predictions; training is not affected: {type(error).__name__}: {error}"
+            self._events.write("message", said[:_MESSAGE_CHARACTERS], level="warn")
 
     def on_metrics(self) -> None:
         """A step was told in the events, which the followers read; what went wrong with them is told here."""
         for child in self._children:
             for problem in child.read_problems(0.0):
-                self._warn(child, problem)
+                self._warn(child.tracker, problem)
 
     def on_end(self, status: str) -> None:
         """The adapter is written, or never will be: the trackers are told the rest, and waited for, for a bounded time."""
-        deadline = time.monotonic() + END_WAIT_S
+        deadline = time.monotonic() + self._end_wait_s
         for child in self._children:
             child.say(status)
         for child in self._children:
             for problem in child.read_problems(max(0.0, deadline - time.monotonic()), to_the_end=True):
-                self._warn(child, problem)
+                self._warn(child.tracker, problem)
             if child.is_alive():
-                self._warn(child, f"it did not take everything within {END_WAIT_S:g} s after the last step")
+                self._warn(
+                    child.tracker, f"it did not take everything within {self._end_wait_s:g} s after the last step"
+                )
             child.kill()
         self._children.clear()
 
@@ -93,9 +109,9 @@ class Tracking:
             child.let_go()
         self._children.clear()
 
-    def _warn(self, child: _Child, problem: str) -> None:
-        title = TITLES[child.tracker.kind]
-        self._events.write("message", f"{title} could not be told; training goes on. {problem}", level="warn")
+    def _warn(self, tracker: Tracker, problem: str) -> None:
+        title = TITLES[tracker.kind]
+        self._events.write("message", f"{title} could not be told; training is not affected: {problem}", level="warn")
 
 
 class _Child:
@@ -144,11 +160,11 @@ class _Child:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        self._stdout.close()
         self.let_go()
 
     def let_go(self) -> None:
         """Lets it end by itself: its input ends here."""
         with contextlib.suppress(BrokenPipeError):
             self._stdin.close()
+        self._stdout.close()
         self._process.returncode = self._process.poll() or 0  # released on purpose

@@ -43,9 +43,9 @@ class MlflowRun:
         if found:
             self._run_id = found[0].info.run_id
             self._client.update_run(self._run_id, status=RunStatus.to_string(RunStatus.RUNNING))
-            return
-        tags = {JOB_TAG: job.job_id, **dict.fromkeys(job.tracker.tags, "")}
-        self._run_id = self._client.create_run(experiment, tags=tags, run_name=job.name).info.run_id
+        else:
+            tags = {JOB_TAG: job.job_id}
+            self._run_id = self._client.create_run(experiment, tags=tags, run_name=job.name).info.run_id
         params = [Param(name, str(value)) for name, value in job.config.items()]
         for start in range(0, len(params), _PARAMS_A_CALL):
             self._client.log_batch(self._run_id, params=params[start : start + _PARAMS_A_CALL])

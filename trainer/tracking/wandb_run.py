@@ -46,17 +46,20 @@ class WandbRun:
             x_save_requirements=False,
         )
         self._job_id = job.job_id
-        self._run = wandb.init(
-            id=job.job_id,
-            resume="allow",
-            project=tracker.project,
-            entity=tracker.entity,
-            name=job.name,
-            tags=tracker.tags,
-            config=job.config,
-            dir=str(folder),
-            settings=settings,
-        )
+        try:
+            self._run = wandb.init(
+                id=job.job_id,
+                resume="allow",
+                project=tracker.project,
+                entity=tracker.entity,
+                name=job.name,
+                tags=tracker.tags,
+                config=job.config,
+                dir=str(folder),
+                settings=settings,
+            )
+        finally:
+            _remove_logs(folder)
 
     def tell(self, points: Sequence[Point]) -> None:
         for point in points:
@@ -73,3 +76,10 @@ class WandbRun:
             artifact.add_dir(str(adapter))
             self._run.log_artifact(artifact)
         self._run.finish(exit_code=0 if status == "succeeded" else 1)
+
+
+def _remove_logs(folder: Path) -> None:
+    """W&B's own logs, which quote what a server says, and so it may be a key. No setting turns them off; it goes on writing
+    to files that have no name any more."""
+    for log in folder.rglob("*.log"):
+        log.unlink()
