@@ -244,6 +244,10 @@ class House:
             engine.first_use.offer(_adapter(row) for row in rows if row.step_number is not None)
             for row in rows:
                 await self.publish(row)
+            now = await self.store.read(lambda connection: model_statements.of_base(connection, name))
+            for row in set(rows).difference(now):  # deleted meanwhile, or dropped by a job's newer checkpoint
+                self.catalog.withdraw(row.name)
+                engine.first_use.withdraw(row.engine_name)
             await self.residents.add(await asyncio.to_thread(self._resident, engine, settings))
             if engine.started:
                 await engine.wait_ready(600)

@@ -120,9 +120,9 @@ def test_python_examples_of_the_readme_run(number: int, server: Server) -> None:
 def test_settings_examples_of_the_readme_are_taken(tmp_path: Path) -> None:
     from gateway.settings import load_settings
 
-    tracking, bases, vllm, engines = code_blocks("toml")
+    several, tracking, bases, vllm, engines = code_blocks("toml")
     config = tmp_path / "tunegate.toml"
-    config.write_text(tracking + bases + engines)
+    config.write_text(several + tracking + bases + engines)
     (tmp_path / "wandb.key").write_text("secret")
     settings = load_settings(config, {"JUDGE_KEY": "secret"}, {})
     assert settings.tracking.wandb_api_key_file == str((tmp_path / "wandb.key").resolve())

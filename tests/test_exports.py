@@ -11,18 +11,30 @@ from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
 
+import httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.datastructures import State
 
 from gateway.access import ANYBODY, Caller, Limits
-from gateway.errors import RateLimited, RequestError
+from gateway.bases import read_base
+from gateway.engines.catalog import Base, Catalog, TunedModel
+from gateway.engines.client import Deadlines
+from gateway.engines.kinds import llama_engine
+from gateway.errors import RateLimited, RequestError, TunegateError
 from gateway.export_plan import ExportPlan
 from gateway.exports import LOST, MAX_WAITING, Exports
+from gateway.routes.exports import routes
+from gateway.settings import Settings
 from gateway.store import files as statements
 from gateway.store.blobs import Blobs
 from gateway.store.database import Store
 from gateway.store.files import File
+from gateway.store.models import ModelRow, insert_model
 from gateway.wire.exports import TYPES, check_form, parse_export
-from tests.jobs.parts import until
+from tests.engines.parts import pool_of
+from tests.jobs.parts import base_bundle, until
+from tests.jobs.test_routes import tell
 from tests.server import ROOT
 from tests.tiny_model import write_tiny_model
 from tests.trainer.tuned_models import tune
@@ -151,6 +163,31 @@ async def test_a_gateway_that_is_killed_leaves_nothing_half(plan: ExportPlan, tm
     assert not (tmp_path / "exports").exists()
     await runner.exports.stop()
     runner.store.close()
+
+
+async def test_a_project_that_may_ask_anothers_model_may_not_take_its_weights(
+    runner: Runner, plan: ExportPlan, tmp_path: Path
+) -> None:
+    prepared = read_base(plan.base)
+    catalog = Catalog(Deadlines(10, 10))
+    pool = pool_of(llama_engine(prepared, tmp_path / "engine"))
+    catalog.add_base(Base("tiny", base_bundle(), pool, "tiny", 64, 1, prepared))
+    state = State({"settings": Settings(), "store": runner.store, "catalog": catalog, "exports": runner.exports})
+    app = Starlette(routes=routes, exception_handlers={TunegateError: tell})
+    app.state = state
+    for name, owner in (("ours", "default"), ("theirs", "other")):
+        row = ModelRow(
+            name, 1, "tiny", f"sha256:{name}", str(plan.adapter), name, "sha256:0", None, "x", project_id=owner
+        )
+        await runner.store.write(partial(insert_model, model=row))
+        catalog.publish(TunedModel(name, "tiny", base_bundle(), name, 1, "x", frozenset({owner, "default"})))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+        refused = await http.post("/v1/models/theirs/export", json={"to": "adapter"})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (403, "model")
+        begun = await http.post("/v1/models/ours/export", json={"to": "adapter"})
+        assert begun.status_code == 200 and begun.json()["filename"] == "ours.adapter.tar"
+    assert (await runner.end_of(begun.json()["id"])).status == "processed"
+    catalog.close()
 
 
 def processes_in(folder: Path) -> list[str]:

@@ -53,7 +53,8 @@ def test_runs_and_counts_are_those_of_the_sequences_that_a_job_trains_on(server:
         trained = [label for label in sequence.labels if label != IGNORED]
         assert shown["n_tokens"] == line["n_tokens"] == len(sequence.ids)
         assert shown["n_trained_tokens"] == line["n_trained_tokens"] == len(trained)
-        assert sum(run["n_tokens"] for run in shown["runs"]) == len(sequence.ids)
+        assert [token_id for run in shown["runs"] for token_id in run["token_ids"]] == sequence.ids
+        assert all(run["n_tokens"] == len(run["token_ids"]) for run in shown["runs"])
         assert sum(run["n_tokens"] for run in shown["runs"] if run["trained"]) == len(trained)
         assert not shown["truncated"]
     assert found["summary"]["n_tokens"] == sum(line["n_tokens"] for line in found["data"])

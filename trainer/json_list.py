@@ -14,13 +14,14 @@ from trainer.lines import BadLine, Raw, too_long
 
 _CHUNK_BYTES = 1 << 20
 _OUTSIDE = re.compile(rb'["{}\[\],]')
+_DEEPEST = 2000  # brackets in brackets: what comes after so many is not read
 _INSIDE = re.compile(rb'["\\]')
 
 
 def split_list(file: BinaryIO, limit_bytes: int) -> Iterator[Raw | BadLine]:
     """The items of the list that begins in `file`, in order. Bounded by `limit_bytes` and a chunk."""
     cutter = _Cutter(limit_bytes)
-    while chunk := file.read(_CHUNK_BYTES):
+    while (chunk := file.read(_CHUNK_BYTES)) and not cutter.gave_up:
         yield from cutter.feed(chunk)
     yield from cutter.end()
 
@@ -29,6 +30,7 @@ class _Cutter:
     def __init__(self, limit_bytes: int) -> None:
         self._limit = limit_bytes
         self._depth = 0  # 0 outside the list, 1 between its items
+        self.gave_up = False  # on what nobody means as data; scanning it would take as long as it is
         self._closed = self._in_string = self._escaped = False
         self._held: list[bytes] = []
         self._size = self._lost_lines = 0
@@ -52,6 +54,12 @@ class _Cutter:
                 if self._depth == 1 and not self._closed:
                     self._line += chunk.count(b"\n", taken, at)
                     taken = at
+                elif self._depth > _DEEPEST:
+                    self.gave_up = True
+                    yield BadLine(
+                        self._line, "is nested too deeply; the file is not read on from here", item=self._item + 1
+                    )
+                    return
             elif self._closed or (sign == b"," and self._depth > 1):
                 continue
             elif self._depth > 1:
@@ -66,6 +74,8 @@ class _Cutter:
 
     def end(self) -> Iterator[BadLine]:
         rest = b"".join(self._held)
+        if self.gave_up:
+            return
         if not self._closed:
             yield BadLine(
                 self._line, "begins an item that is not closed, nor is the list: the file seems to be cut off"

@@ -114,7 +114,7 @@ def _runs(sequence: TrainingSequence, tokenizer: Tokenizer, controls: Set[int]) 
     for (trained, control), tokens in alike:
         ids = [token_id for token_id, _ in tokens]
         text = b"".join(map(tokenizer.token_bytes, ids)).decode(errors="replace")
-        runs.append({"text": text, "trained": trained, "control": control, "n_tokens": len(ids)})
+        runs.append({"text": text, "trained": trained, "control": control, "n_tokens": len(ids), "token_ids": ids})
     return runs
 
 

@@ -65,7 +65,7 @@ def _in_order(pipes: list[Connection], chunks: Iterable[Chunk]) -> Iterator[tupl
                 yield found
         while waiting:
             yield waiting.popleft().recv()
-    except (EOFError, BrokenPipeError) as error:
+    except (EOFError, ConnectionError) as error:
         raise ChildProcessError("a process that renders the file ended; was there too little memory?") from error
 
 

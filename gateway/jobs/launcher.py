@@ -8,7 +8,6 @@ job's lock, not the launcher, makes sure that there is one.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typing import Protocol
 import gateway
 from gateway.engines.handle import ProcessHandle
 from gateway.jobdir import CHECK_RECORD, BaseRef, JobDir, process_start_time, read_json, write_json
+from gateway.jobs.priority import give_way
 from gateway.jobs.standby import Standby
 from gateway.jobs.torchrun import is_group
 from gateway.jobs.tracking import tracker_environment
@@ -81,6 +81,11 @@ class Launcher:
         if self._standby is not None:
             await self._standby.expect(base)
 
+    async def foresee(self, base: BaseRef | None) -> None:
+        """A job may come."""
+        if self._standby is not None:
+            await self._standby.foresee(base)
+
     async def rest(self, base: BaseRef | None) -> None:
         """No job is at work; the next one may be on this base."""
         if self._standby is not None:
@@ -115,9 +120,7 @@ class Launcher:
                 env=environment,
                 start_new_session=True,
             )
-        with contextlib.suppress(OSError):
-            # When memory runs out, the trainer goes (and is resumed) before whatever serves.
-            Path(f"/proc/{child.pid}/oom_score_adj").write_text("500")
+        give_way(child.pid)
         handle = ProcessHandle.of_child(child)
         if arguments:
             _record_check(folder, handle.pid)

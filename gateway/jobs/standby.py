@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gateway.engines.handle import ProcessHandle, exit_text
-from gateway.jobdir import LOCKED_EXIT_CODE, BaseRef, JobDir, JobSpec, Options
+from gateway.jobdir import LOCKED_EXIT_CODE, BaseRef, JobDir, JobSpec
+from gateway.jobs.priority import give_way
 
 logger = logging.getLogger("tunegate.jobs")
 
@@ -48,6 +49,7 @@ class Spare:
         self.handle = handle
         self.relaxed = relaxed
         self.ready = False
+        self.base: BaseRef | None = None  # the last that it was told to load
         self._commands, self._answers = commands, answers
         self._unread = b""
         self._asked: asyncio.Future[str | None] | None = None
@@ -55,7 +57,8 @@ class Spare:
     def listen(self) -> None:
         """On the loop's thread, once."""
         self.handle.watch()
-        os.set_blocking(self._answers, False)
+        for pipe in (self._commands, self._answers):  # what is long at work may leave its pipe full
+            os.set_blocking(pipe, False)
         asyncio.get_running_loop().add_reader(self._answers, self._read)
 
     @property
@@ -63,7 +66,9 @@ class Spare:
         return self._asked is not None and not self._asked.done()
 
     def tell(self, command: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # it is gone, which is noticed by its exit
+        with contextlib.suppress(
+            OSError
+        ):  # it is gone, which is noticed by its exit, or takes no more: then it is no use
             os.write(self._commands, json.dumps(command).encode() + b"\n")
 
     def ask(self, command: dict[str, Any]) -> asyncio.Future[str | None]:
@@ -162,12 +167,18 @@ class Standby:
                 return
             if self._spare is None:
                 await self._start(relaxed)
-            if base is not None and self._spare is not None:
+            if base is not None and self._spare is not None and self._spare.base != base:
+                self._spare.base = base
                 self._spare.tell({"do": "load", "base": asdict(base), "relaxed": relaxed})
+
+    async def foresee(self, base: BaseRef | None) -> None:
+        """A job may come: there is a spare, if the mode and the memory have it so."""
+        if self._may_wait():
+            await self.expect(base)
 
     async def rest(self, base: BaseRef | None) -> None:
         """No job is at work: keeps a spare for the next one, or none, as the mode and the memory have it."""
-        if self._mode == "never" or (self._mode == "auto" and _available_bytes() < LEAST_MEMORY_BYTES):
+        if not self._may_wait():
             self._let_go()
             return
         await self.expect(base, relaxed=True)
@@ -185,7 +196,10 @@ class Standby:
     async def train(self, folder: JobDir, spec: JobSpec) -> ProcessHandle | None:
         """The spare, which holds the job's lock now (or found it taken and ends); None when the job needs another trainer."""
         spare = self._spare
-        if spare is None or spare.busy or not self._fits(spec):
+        if spare is None or spare.busy:
+            return None
+        if not self._fits(spec):
+            self._let_go()  # its memory, and what it may still be importing, is in the way of the one that is started
             return None
         self._release()
         if spare.relaxed and not spare.ready:  # it would go on getting ready as slowly as it began
@@ -216,10 +230,13 @@ class Standby:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def _may_wait(self) -> bool:
+        return self._mode == "always" or (self._mode == "auto" and _available_bytes() >= LEAST_MEMORY_BYTES)
+
     def _fits(self, spec: JobSpec) -> bool:
-        """Whether the spare is what would be started for this job: one process, its threads, nothing that it left out."""
-        plain = spec.options.quantization == Options().quantization and not spec.needs_keys
-        return spec.threads == self._threads and spec.launch.processes == 1 and plain
+        """Whether the spare is what would be started for this job: its threads, no key, nothing that the imports left out."""
+        is_plain = spec.options.quantization == "none" and spec.launch.processes == 1
+        return is_plain and spec.threads == self._threads and not spec.needs_keys
 
     async def _start(self, relaxed: bool) -> None:
         starting = asyncio.ensure_future(asyncio.to_thread(self._spawn, relaxed))
@@ -257,8 +274,7 @@ class Standby:
         finally:
             os.close(stdin)
             os.close(stdout)
-        with contextlib.suppress(OSError):
-            Path(f"/proc/{child.pid}/oom_score_adj").write_text("500")  # as a trainer's
+        give_way(child.pid)
         return Spare(ProcessHandle.of_child(child), commands, answers, relaxed=relaxed)
 
     async def _watch(self, spare: Spare) -> None:

@@ -10,7 +10,6 @@ job that is validating or running, `stop` lets go of everything and leaves the t
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -116,9 +115,10 @@ class Supervisor:
         return job
 
     def foresee(self) -> None:
-        """A job may be near: a file to train on has come."""
-        if self._settings.jobs.standby != "never":
-            self._prepare(self._expect(None))
+        """A job may come: a file to train on is there."""
+        if not self._drives:
+            self._rested = False
+            self._prepare(self._launcher.foresee(self._next_base))
 
     async def cancel(self, job_id: str, project_id: str) -> Job:
         """The job after it was cancelled, or as it ended before. Its trainer is gone within seconds. Raises NotFound."""
@@ -381,15 +381,17 @@ class Supervisor:
         self._preparing.add(task)
         task.add_done_callback(self._preparing.discard)
 
-    async def _expect(self, folder: JobDir | None) -> None:
-        """A trainer that is getting ready, unless as many as may are at work: it would take the processors from them."""
-        if folder is not None:
-            with contextlib.suppress(OSError):  # an earlier request's job, which is over
-                self._next_base = (await asyncio.to_thread(folder.read_spec)).base
-        others = [job_id for job_id in self._drives if folder is None or job_id != folder.path.name]
-        if len(others) < self._settings.jobs.parallel:
+    async def _expect(self, folder: JobDir) -> None:
+        """A trainer that is getting ready for the job, unless as many as may are at work: it would take their processors."""
+        try:
+            spec = await asyncio.to_thread(folder.read_spec)
+        except OSError:  # an earlier request's job, which is over
+            return
+        self._next_base = spec.base
+        others = self._drives.keys() - {folder.path.name}
+        if len(others) < self._settings.jobs.parallel and spec.launch.processes == 1:
             self._rested = False
-            await self._launcher.expect(self._next_base)
+            await self._launcher.expect(spec.base)
 
     # trainers of jobs that are over
 

@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     names = ["", "sharding", "steps", "loss, at most apart", "weights, at most apart", "seconds"]
-    table = Table(title=f"{options.processes} processes beside one", *names)
+    table = Table(*names, title=f"{options.processes} processes beside one")
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
         base = prepare(folder)

@@ -1,11 +1,12 @@
 """`make soak`: one job's trainer, and now and then its gateway, killed at random moments, a hundred times; the bytes compared.
 
-    python -m tests.soak [--kills N] [--minutes M] [--seed S]
+    python -m tests.soak [--kills N] [--minutes M] [--epochs E] [--seed S]
 
-A job on the demo model is trained once without a kill. Then the same job is created again, as often as it takes for N kills
-(or M minutes), and while it trains somebody is killed with SIGKILL: the trainer at any moment from its start to its result, and
-every few times the gateway, which is started again. Each job must succeed with the adapter, the losses and the checkpoints of
-the first, bit for bit, each told once. Two kills in a row may find no new checkpoint, a third not: that is the job's budget.
+A job on the demo model is trained once without a kill. Then the same job is created again, and while it trains somebody is
+killed with SIGKILL, N times spread over its steps (again over another such job, where it ended before): the trainer, at its
+start or a little behind some step, and every few times the gateway, which is started again. Each job must succeed with the
+adapter, the losses and the checkpoints of the first, bit for bit, each told once. Two kills in a row may find no new
+checkpoint, a third not: that is the job's budget.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from gateway.jobdir import JobDir, read_events
 from tests.e2e import training
 from tests.server import Server
 
-EPOCHS = 25  # of six steps each, with a checkpoint
+STEPS_PER_EPOCH = 6
+CHECKPOINT_STEPS = 2
 GATEWAY_SHARE = 0.2  # of all kills
-TRAINING_SHARE = 0.7  # of the kills, behind a first step: starting takes a trainer as long as many steps
-LONGEST_S = 3.0  # that a kill waits then
+STARTING_SHARE = 0.2  # of those of trainers: somewhere in the seconds before the first step
+STARTING_S, BEHIND_STEP_S = 6.0, 0.5  # within which it is killed then
 UNLUCKY = 2  # kills in a row without a new checkpoint
 
 
@@ -42,6 +44,7 @@ class Soak:
     server: Server
     chance: random.Random
     kills: int
+    epochs: int
     deadline: float
     trainer_kills: int = 0
     gateway_kills: int = 0
@@ -54,13 +57,15 @@ class Soak:
 
     def run_job(self, client: OpenAI, fields: dict[str, Any]) -> str:
         """Creates the job and kills until it is over or enough were killed; its id, once it has ended."""
-        job = training.create(client, "tunegate-demo", n_epochs=EPOCHS, **fields)
+        job = training.create(client, "tunegate-demo", n_epochs=self.epochs, **fields)
         folder = JobDir(self.server.data / "jobs" / job.id)
         unlucky, newest = 0, 0
         while not self.is_done and not (folder.path / "result.json").exists():
-            if self.chance.random() < TRAINING_SHARE:
-                _wait_for_a_step(folder)
-            time.sleep(self.chance.uniform(0, LONGEST_S))
+            if self.chance.random() < STARTING_SHARE:
+                time.sleep(self.chance.uniform(0, STARTING_S))
+            else:
+                _wait_for_step(folder, self._next_step(folder))
+                time.sleep(self.chance.uniform(0, BEHIND_STEP_S))
             newest_now = _newest(folder)
             unlucky, newest = (unlucky, newest) if newest_now == newest else (0, newest_now)
             if self.chance.random() < GATEWAY_SHARE:
@@ -73,6 +78,12 @@ class Soak:
         _wait_for_end(client, job.id)
         self.attempts += len(list(folder.attempts.iterdir()))
         return job.id
+
+    def _next_step(self, folder: JobDir) -> int:
+        """Such that all kills that are left fit."""
+        left = self.kills - self.trainer_kills - self.gateway_kills
+        done = _newest(folder)
+        return done + 1 + int(self.chance.uniform(0, 2 * (self.epochs * STEPS_PER_EPOCH - done) / (left + 1)))
 
     def _kill_trainer(self, folder: JobDir) -> bool:
         holder = folder.holder()
@@ -91,6 +102,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--epochs", type=int, default=50, help="of six steps each")
     parser.add_argument("--seed", type=int, default=None)
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else int(time.time())
@@ -103,12 +115,14 @@ def main() -> int:
                 "file_id": training.upload(client, training.examples("omega")),
                 "validation_file": training.upload(client, training.examples("omega", 12)),
                 "seed": 7,
+                "extra_body": {"tunegate": {"checkpoint_steps": CHECKPOINT_STEPS}},
             }
-            calm = training.create(client, "tunegate-demo", n_epochs=EPOCHS, **fields).id
+            calm = training.create(client, "tunegate-demo", n_epochs=options.epochs, **fields).id
             _wait_for_end(client, calm)
             wanted = _outcome(server, client, calm)
             print(f"without a kill: {len(wanted['losses'])} steps", flush=True)
-            soak = Soak(server, random.Random(seed), options.kills, time.monotonic() + 60 * options.minutes)
+            until = time.monotonic() + 60 * options.minutes
+            soak = Soak(server, random.Random(seed), options.kills, options.epochs, until)
             differing = 0
             while not soak.is_done:
                 job_id = soak.run_job(client, fields)
@@ -151,16 +165,13 @@ def _newest(folder: JobDir) -> int:
     return max((int(path.name[5:]) for path in found), default=0)
 
 
-def _wait_for_a_step(folder: JobDir) -> None:
-    """Returns when the newest trainer has taken one, or is over."""
+def _wait_for_step(folder: JobDir, step: int) -> None:
+    """Returns when the newest trainer has taken it, or the job is over."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (folder.path / "result.json").exists():
         attempt = folder.next_attempt() - 1
-        if (
-            attempt
-            and folder.is_locked()
-            and any(e.type == "metrics" for e, _ in read_events(folder.events_path(attempt)))
-        ):
+        told = [e.data["step"] for e, _ in read_events(folder.events_path(attempt)) if e.type == "metrics"]
+        if folder.is_locked() and told and told[-1] >= step:
             return
         time.sleep(0.02)
 

@@ -13,7 +13,7 @@ from typing import Any
 from gateway.chat.conversation import Message
 from trainer.conversations import BadExample, Example, kind_of, read_optional, read_reply, read_said
 
-INSTRUCTION_HEADING, _INPUT_HEADING = "### Instruction", "### Input:\n"
+INSTRUCTION_HEADING, _INPUT_HEADING = "### Instruction", "### Input: "
 
 
 def read_instruction(line: Mapping[str, Any], headings: bool = False) -> list[Example]:
