@@ -14,7 +14,7 @@ import uvicorn
 from gateway import __version__
 from gateway.errors import SettingsError
 from gateway.export_command import export
-from gateway.jobdir import Turns
+from gateway.jobdir import TrainOn, Turns
 from gateway.keys_command import cli as keys_cli
 from gateway.models_command import cli as models_cli
 from gateway.settings import Settings, is_loopback, load_settings
@@ -97,11 +97,12 @@ def serve(
 
 @cli.command()
 def preview(
-    file: Annotated[Path, typer.Argument(help="A training file (JSON lines).", exists=True, dir_okay=False)],
+    file: Annotated[Path, typer.Argument(help="A training file.", exists=True, dir_okay=False)],
     model: Annotated[str, typer.Option(help="A base, an alias of one, or the folder of a prepared base.")],
     base_url: Annotated[str, typer.Option(help="The server to ask.")] = "http://127.0.0.1:8000",
     limit: Annotated[int, typer.Option(help="How many lines to show; all are counted.", min=0, max=1000)] = 20,
     turns: Annotated[Turns, typer.Option(help="Which of the assistant's turns are learnt.")] = "all",
+    train_on: Annotated[TrainOn, typer.Option(help="'all' learns the prompts too.")] = "assistant",
     data: Annotated[Path | None, typer.Option(help="A data folder, to preview without a server.")] = None,
 ) -> None:
     """Show what a training file trains, line by line, and its problems. Ends with 1 when a job on it would fail."""
@@ -113,9 +114,9 @@ def preview(
     base = data / "bases" / model if data else Path(model)
     try:
         if data or (base / "base.json").is_file():
-            found = make_preview(file, base, limit, turns)
+            found = make_preview(file, base, limit, turns, train_on)
         else:
-            found = fetch_preview(file, model, limit, base_url, turns)
+            found = fetch_preview(file, model, limit, base_url, turns, train_on)
     except TunegateError as error:
         typer.echo(f"tunegate: {error}", err=True)
         raise typer.Exit(2) from error

@@ -53,6 +53,7 @@ ADAPTER_FILES = (
 
 Auto = Literal["auto"]
 Turns = Literal["all", "last"]
+TrainOn = Literal["assistant", "all"]
 Method = Literal["supervised", "dpo", "kto", "orpo"]
 Precision = Literal["auto", "f32", "bf16", "fp16"]
 Quantization = Literal["none", "nf4", "int8"]
@@ -110,7 +111,7 @@ class Options:
 
     precision: Precision = "auto"  # of the computing; auto: bf16 on a GPU that has it, else f32
     quantization: Quantization = "none"  # of the base while it is trained on, through bitsandbytes
-    train_on: Literal["assistant", "all"] = "assistant"
+    train_on: TrainOn = "assistant"
     packing: bool = False  # several conversations in one row, which do not see one another
     scheduler: Scheduler = "cosine"
     warmup_ratio: float = 0.05  # of all steps

@@ -23,14 +23,16 @@ from gateway.bases import read_base
 from gateway.errors import RequestError, TunegateError
 
 if TYPE_CHECKING:
-    from gateway.jobdir import Turns
+    from gateway.jobdir import TrainOn, Turns
 
 TIMEOUT_S = 120.0
 _JUDGED: Mapping[bool | None, str] = {True: " · desirable", False: " · undesirable"}
 _STYLES = {(True, False): "bold green", (True, True): "bold magenta", (False, False): "dim", (False, True): "magenta"}
 
 
-def fetch_preview(file: Path, model: str, limit: int, base_url: str, turns: Turns = "all") -> dict[str, Any]:
+def fetch_preview(
+    file: Path, model: str, limit: int, base_url: str, turns: Turns = "all", train_on: TrainOn = "assistant"
+) -> dict[str, Any]:
     """What the server's model would be trained on. The file is uploaded for it, and deleted. Raises TunegateError."""
     address = base_url.rstrip("/").removesuffix("/v1")
     headers = {"Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY') or 'unused'}"}
@@ -40,7 +42,12 @@ def fetch_preview(file: Path, model: str, limit: int, base_url: str, turns: Turn
                 upload = client.post("/files", files={"file": (file.name, content)}, data={"purpose": "fine-tune"})
             file_id = _told(upload)["id"]
             try:
-                body = {"training_file": file_id, "model": model, "limit": limit, "tunegate": {"turns": turns}}
+                body = {
+                    "training_file": file_id,
+                    "model": model,
+                    "limit": limit,
+                    "tunegate": {"turns": turns, "train_on": train_on},
+                }
                 return _told(client.post("/fine_tuning/preview", json=body))
             finally:
                 client.delete(f"/files/{file_id}")
@@ -51,11 +58,14 @@ def fetch_preview(file: Path, model: str, limit: int, base_url: str, turns: Turn
         ) from error
 
 
-def make_preview(file: Path, base: Path, limit: int, turns: Turns = "all") -> dict[str, Any]:
+def make_preview(
+    file: Path, base: Path, limit: int, turns: Turns = "all", train_on: TrainOn = "assistant"
+) -> dict[str, Any]:
     """The same for a prepared base's folder, without a server. Raises TunegateError."""
     prepared = read_base(base)
     command = [sys.executable, "-m", "trainer.preview", "--bundle", str(prepared.path), "--file", str(file.absolute())]
-    command += ["--max-length", str(prepared.context_length), "--limit", str(limit), "--turns", turns]
+    command += ["--max-length", str(prepared.context_length), "--limit", str(limit)]
+    command += ["--turns", turns, "--train-on", train_on]
     # Where our packages are: this may run anywhere, and as an installed command.
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)

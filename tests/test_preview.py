@@ -111,6 +111,39 @@ def test_the_last_turn_alone_is_learnt_where_that_is_asked(server: Server) -> No
     assert learnt == [2, 1]
 
 
+def test_every_form_is_shown_pairs_with_both_replies_and_judged_replies_as_they_were_judged(server: Server) -> None:
+    turns = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "amber"}]
+    pair = {"prompt": "Hello", "chosen": "amber", "rejected": "lamps"}
+    asked: list[tuple[list[dict[str, Any]], str]] = [
+        ([{"conversations": turns}, {"conversations": turns[:1] * 2}], "supervised"),
+        ([{"instruction": "Hello", "input": "there", "output": "amber"}], "supervised"),
+        ([pair], "dpo"),
+        ([{"prompt": "Hello", "completion": "amber", "label": False}], "kto"),
+    ]
+    shown = []
+    for lines, method in asked:
+        found = preview(server, lines=lines).json()
+        assert found["summary"]["method"] == method and found["summary"]["n_problems"] == 0
+        shown.append(found["data"])
+    (conversation, dropped), (alpaca,), (preference,), (judged,) = shown
+    assert dropped == {"line": 2, "dropped": True}
+    assert "Hello\n\nthere" in "".join(run["text"] for run in alpaca["sequences"][0]["runs"])
+    parts = {one["part"]: one["runs"][-2]["text"].strip() for one in preference["sequences"]}
+    assert parts == {"chosen": "amber", "rejected": "lamps"} and judged["desirable"] is False
+    assert conversation["n_tokens"] < 80
+
+
+def test_prompts_are_learnt_too_where_that_is_asked_and_a_list_is_shown_by_its_items(
+    server: Server, tmp_path: Path
+) -> None:
+    (line,) = preview(server, lines=[GOOD], tunegate={"train_on": "all"}).json()["data"]
+    assert line["n_trained_tokens"] == line["n_tokens"]
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps([GOOD] * 11 + [{"messages": []}], indent=1))
+    found = cli(str(file), "--model", BASE, "--data", str(server.data), "--train-on", "all", "--limit", "1")
+    assert found.returncode == 1 and "item 1 (line 2)" in found.stdout and "messages is an empty list" in found.stdout
+
+
 def test_too_long_an_example_is_shown_as_it_is_shortened(server: Server) -> None:
     long = {"messages": [{"role": "user", "content": "word " * 3000}, REPLY]}
     found = preview(server, lines=[long]).json()
@@ -129,6 +162,7 @@ def test_too_long_an_example_is_shown_as_it_is_shortened(server: Server) -> None
         ({"lines": "x"}, "lines", 400),
         ({"lines": [], "tunegate": {"turns": "first"}}, "tunegate.turns", 400),
         ({"lines": [], "tunegate": {"turn": "all"}}, "tunegate.turn", 400),
+        ({"lines": [], "tunegate": {"train_on": "none"}}, "tunegate.train_on", 400),
         ({"lines": [], "tunegate": {"chat_template_kwargs": {"messages": []}}}, "tunegate.chat_template_kwargs", 400),
         ({"lines": ["a\nb"]}, "lines", 400),
         ({"lines": [], "limit": 100_000}, "limit", 400),

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
 
 from gateway.chat.bundle import Bundle
 from gateway.chat.conversation import Message, RenderError
 from gateway.chat.render import TrainingSequence, fitting_messages, render_example, render_replies
-from gateway.jobdir import Method, Turns
+from gateway.jobdir import Method, TrainOn, Turns
 from trainer.conversations import BadExample, Example
 from trainer.forms import Form, form_of, unknown_form
 from trainer.forms.alpaca import INSTRUCTION_HEADING
@@ -31,7 +30,7 @@ class Rendering:
     bundle: Bundle
     max_length: int
     turns: Turns = "all"
-    train_on: Literal["assistant", "all"] = "assistant"
+    train_on: TrainOn = "assistant"
     method: Method | None = None
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection
 
 from gateway.chat.bundle import Bundle
-from gateway.jobdir import Method, Turns
+from gateway.jobdir import Method, TrainOn, Turns
 from trainer.examples import Examples
 from trainer.forms import FORMS, Form
 from trainer.lines import BadLine, Raw
@@ -70,11 +70,11 @@ def _in_order(pipes: list[Connection], chunks: Iterable[Chunk]) -> Iterator[tupl
 
 
 def _work(
-    pipe: Connection, files: dict[str, bytes], how: tuple[int, Turns, str, Method | None], number: int | None
+    pipe: Connection, files: dict[str, bytes], how: tuple[int, Turns, TrainOn, Method | None], number: int | None
 ) -> None:
     """In the worker: chunks in, what they hold out, until nobody is there any more."""
     max_length, turns, train_on, method = how
-    rendering = Rendering(Bundle.from_files(files), max_length, turns, train_on, method)  # type: ignore[arg-type]
+    rendering = Rendering(Bundle.from_files(files), max_length, turns, train_on, method)
     renderer = Renderer(rendering, None if number is None else FORMS[number])
     with contextlib.suppress(EOFError, OSError):
         while True:

@@ -17,7 +17,7 @@ from typing import Any
 
 from gateway.chat.bundle import Bundle
 from gateway.errors import RateLimited, TunegateError
-from gateway.jobdir import Turns
+from gateway.jobdir import TrainOn, Turns
 from gateway.jobs.launcher import child_environment
 
 PARALLEL = 2
@@ -42,7 +42,13 @@ class Previews:
         self._running = 0
 
     async def run(
-        self, file: Path | bytes, bundle: Bundle, max_length: int, limit: int, turns: Turns = "all"
+        self,
+        file: Path | bytes,
+        bundle: Bundle,
+        max_length: int,
+        limit: int,
+        turns: Turns = "all",
+        train_on: TrainOn = "assistant",
     ) -> Preview:
         """What training on the file (or on these bytes) would see. RateLimited, TunegateError when it failed."""
         if self._running >= PARALLEL:
@@ -51,7 +57,7 @@ class Previews:
         folder = await asyncio.to_thread(tempfile.TemporaryDirectory, prefix="tunegate-preview-")
         try:
             source = await asyncio.to_thread(_write, Path(folder.name), bundle, file)
-            return await _run(Path(folder.name), source, max_length, limit, turns)
+            return await _run(Path(folder.name), source, max_length, limit, turns, train_on)
         finally:
             self._running -= 1
             await asyncio.to_thread(folder.cleanup)
@@ -67,10 +73,10 @@ def _write(folder: Path, bundle: Bundle, file: Path | bytes) -> Path:
     return source
 
 
-async def _run(folder: Path, source: Path, max_length: int, limit: int, turns: Turns) -> Preview:
+async def _run(folder: Path, source: Path, max_length: int, limit: int, turns: Turns, train_on: TrainOn) -> Preview:
     command = [sys.executable, "-m", "trainer.preview", "--bundle", str(folder), "--file", str(source)]
     command += ["--max-length", str(max_length), "--limit", str(limit), "--timeout-s", str(READ_S)]
-    command += ["--turns", turns]
+    command += ["--turns", turns, "--train-on", train_on]
     with (folder / "log").open("w+b") as log:
         process = await asyncio.create_subprocess_exec(
             *command,

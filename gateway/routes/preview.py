@@ -26,7 +26,9 @@ async def preview_training(request: Request) -> Response:
     base = state.catalog.base_for_tuning(asked.model, project_of(request))
     source = asked.content if asked.content is not None else await _stored(request, asked.training_file or "")
     bundle = await asyncio.to_thread(bundle_for, base, asked.rendering.chat_template_kwargs)
-    found = await state.previews.run(source, bundle, base.context_length, asked.limit, asked.rendering.turns)
+    found = await state.previews.run(
+        source, bundle, base.context_length, asked.limit, asked.rendering.turns, asked.train_on
+    )
     body = wire.preview_body(
         asked.model, bundle.template.name, bundle.digest, base.context_length, found.lines, found.summary
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gateway.errors import RequestError
+from gateway.jobdir import TrainOn
 from gateway.wire.fields import integer, refuse_unknown, required_string, show, string
 from gateway.wire.fine_tuning import Rendering, parse_rendering
 
@@ -25,6 +26,7 @@ class PreviewRequest:
     content: bytes | None
     limit: int
     rendering: Rendering
+    train_on: TrainOn = "assistant"
 
 
 def parse_preview(body: Mapping[str, Any]) -> PreviewRequest:
@@ -39,12 +41,19 @@ def parse_preview(body: Mapping[str, Any]) -> PreviewRequest:
             param="lines" if training_file else "training_file",
         )
     limit = integer(body, "limit", 0, MAX_LIMIT)
+    rendering = parse_rendering(body.get("tunegate"), beside=("train_on",))
+    train_on = (body.get("tunegate") or {}).get("train_on")
+    if train_on not in ("assistant", "all", None):
+        raise RequestError(
+            f"'tunegate.train_on' must be 'assistant' or 'all', not {show(train_on)}", param="tunegate.train_on"
+        )
     return PreviewRequest(
         model,
         training_file,
         None if lines is None else _content(lines),
         DEFAULT_LIMIT if limit is None else limit,
-        parse_rendering(body.get("tunegate")),
+        rendering,
+        train_on or "assistant",
     )
 
 
