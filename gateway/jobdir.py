@@ -6,7 +6,7 @@
     data/           pinned copies (hard links) of the input files
     template/       the template bundle that prompts are rendered through: template.json, tokenizer.json
     check.json      what `python -m trainer JOB_DIR --check` found: counts, resolved hyperparameters, or the error
-    examples/       the input files' conversations as token ids, written by the check (trainer/examples.py)
+    examples/       the input files' conversations as token ids, written by the check (trainer/data/examples.py)
     attempts/N/events.jsonl     one file an attempt, one JSON object a line, keyed (attempt, seq)
     attempts/N/predictions.jsonl    what the model said at each evaluation, for the trackers: `Prediction`, one a line
     tracking/       how far each tracker was told, its errors, and what it keeps locally: `trainer/tracking`

@@ -31,17 +31,17 @@ from gateway.jobdir import (
 )
 from trainer.check import run_check
 from trainer.checkpoints import steps_taken, take_as_result
-from trainer.dataset import prepare_examples, read_bundle, stored_examples
+from trainer.data.dataset import prepare_examples, read_bundle, stored_examples
+from trainer.data.examples import Examples, StaleExamples
 from trainer.events import EventLog, Silence, told_checkpoints
-from trainer.examples import Examples, StaleExamples
 from trainer.export.folder import sweep
-from trainer.group import LostRanks, RankFailed, is_lost, threads_of_rank, train_together
-from trainer.libraries import import_libraries, set_environment
+from trainer.processes.group import LostRanks, RankFailed, is_lost, threads_of_rank, train_together
+from trainer.processes.libraries import import_libraries, set_environment
 from trainer.stopping import Diverged, InvalidLoss, Paused
 from trainer.tracking.followers import Tracking, owed
 
 if TYPE_CHECKING:
-    from trainer.standby import Warmth
+    from trainer.processes.standby import Warmth
 
 # how torch and safetensors report what Python would raise OSError for
 _STORAGE_FAILURES = ("PytorchStreamWriter", "inline_container", "I/O error", "os error")
@@ -152,10 +152,10 @@ def _train(
     import torch
 
     from trainer import arithmetic, loop, model
-    from trainer.distributed import ALONE, join
     from trainer.methods import make_objective
+    from trainer.methods.reference import freeze_reference
+    from trainer.processes.distributed import ALONE, join
     from trainer.progress import Progress
-    from trainer.reference import freeze_reference
     from trainer.tracking.samples import Samples
 
     torch.set_num_threads(threads)

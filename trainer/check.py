@@ -9,9 +9,9 @@ from dataclasses import replace
 
 from gateway.jobdir import Check, JobDir, JobSpec, TrainerError
 from trainer.auto import Resolved, resolve
-from trainer.dataset import Prepared, prepare_examples, read_bundle
+from trainer.data.dataset import Prepared, prepare_examples, read_bundle
+from trainer.data.survey import MIN_EXAMPLES
 from trainer.estimate import machine_bytes, memory_bytes, read_shape
-from trainer.survey import MIN_EXAMPLES
 
 
 def run_check(job: JobDir, spec: JobSpec) -> Check:

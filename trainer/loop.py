@@ -26,13 +26,13 @@ from transformers.trainer_callback import PrinterCallback
 
 from gateway.jobdir import Check, JobDir, JobSpec, write_json
 from trainer.arithmetic import EXACT, Arithmetic, needs_checkpointing
-from trainer.batches import FILLER, Batches, fitting_pass_size
 from trainer.checkpoints import drop_old, newest_checkpoint, open_checkpoints, served_checkpoints, step_of
-from trainer.distributed import ALONE, Ranks, route, shard_on_cpu
-from trainer.examples import Examples
+from trainer.data.batches import FILLER, Batches, fitting_pass_size
+from trainer.data.examples import Examples
 from trainer.export.adapter import write_adapter, write_peft_files
 from trainer.export.witness import Witness
 from trainer.model import base_learning_rate, load_adapter, load_base
+from trainer.processes.distributed import ALONE, Ranks, route, shard_on_cpu
 from trainer.progress import Progress
 from trainer.scoring import Objective, Score
 from trainer.stopping import Paused

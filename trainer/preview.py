@@ -30,12 +30,12 @@ from gateway.chat.render import IGNORED, TrainingSequence
 from gateway.chat.tokenizer import Tokenizer
 from gateway.jobdir import Hyperparameters
 from trainer.auto import resolve
-from trainer.dataset import file_form
-from trainer.forms import Form
-from trainer.jsonl import read_lines
-from trainer.lines import BadLine, Line
-from trainer.rendering import Conversation, Renderer, Rendering
-from trainer.survey import MIN_EXAMPLES, Survey
+from trainer.data.dataset import file_form
+from trainer.data.forms import Form
+from trainer.data.jsonl import read_lines
+from trainer.data.lines import BadLine, Line
+from trainer.data.rendering import Conversation, Renderer, Rendering
+from trainer.data.survey import MIN_EXAMPLES, Survey
 
 PROBLEMS_SHOWN = 200
 

@@ -19,11 +19,11 @@ from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gateway.jobdir import Check, JobDir, Options, read_json
-from trainer.batches import collate
-from trainer.distributed import ALONE, Ranks
+from trainer.data.batches import collate
+from trainer.data.examples import Examples
 from trainer.events import EventLog
-from trainer.examples import Examples
 from trainer.forecast import Forecast
+from trainer.processes.distributed import ALONE, Ranks
 from trainer.scoring import Objective, Score, evaluating
 from trainer.stopping import Divergence, EarlyStopping, InvalidLoss
 from trainer.tracking.followers import Tracking

@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch.nn import functional
 
 from gateway.chat.render import IGNORED
-from trainer.batches import owners
+from trainer.data.batches import owners
 
 
 @dataclass

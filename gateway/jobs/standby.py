@@ -8,7 +8,7 @@ at work on a job: then it goes on, and the next gateway finds it by the lock or 
     auto     and another when that job is over, for some minutes, where there is memory; also when a training file arrives
     always   there is one from the start, whenever no job trains
 
-The other end is trainer/standby.py. Runs on the gateway's loop.
+The other end is trainer/processes/standby.py. Runs on the gateway's loop.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ logger = logging.getLogger("tunegate.jobs")
 
 Mode = Literal["auto", "always", "never"]
 
-COMMAND = (sys.executable, "-m", "trainer.standby")
+COMMAND = (sys.executable, "-m", "trainer.processes.standby")
 TAKEN_WAIT_S = 10.0
 END_GRACE_S = 2.0
 CHECK_GRACE_S = 1800.0

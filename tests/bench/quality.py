@@ -86,7 +86,9 @@ def main() -> int:
 def measure(server: Server, source: Source, options: argparse.Namespace) -> list[tuple[Any, ...]]:
     """The rows of the table for one file."""
     client = server.client()
-    loose = OpenAI(base_url=server.base_url, api_key="unused")  # strictly, a prompt's first log-probability may not be null
+    loose = OpenAI(
+        base_url=server.base_url, api_key="unused"
+    )  # strictly, a prompt's first log-probability may not be null
     lines = read_lines(options.data / source.file)[: options.lines]
     if source.validation is None:
         random.Random(0).shuffle(lines)

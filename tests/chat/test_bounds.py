@@ -14,10 +14,10 @@ from gateway.chat.registry import template_named
 from gateway.chat.render import render_example, render_prompt, render_quickly
 from gateway.chat.sandbox import render
 from tests.tiny_tokenizers import byte_level
-from trainer.conversations import read_messages
-from trainer.forms import form_of
-from trainer.lines import BadLine, Line
-from trainer.rendering import Renderer, Rendering
+from trainer.data.conversations import read_messages
+from trainer.data.forms import form_of
+from trainer.data.lines import BadLine, Line
+from trainer.data.rendering import Renderer, Rendering
 
 USER = Message("user", "hi")
 JINJA = (

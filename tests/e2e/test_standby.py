@@ -36,7 +36,7 @@ def standby_of(server: Server, *, other_than: int = 0) -> int:
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 parent = int((process / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                stands_by = b"trainer.standby" in (process / "cmdline").read_bytes()
+                stands_by = b"trainer.processes.standby" in (process / "cmdline").read_bytes()
                 if parent == server.process.pid and stands_by and int(process.name) != other_than:
                     return int(process.name)
         time.sleep(0.1)

@@ -15,7 +15,7 @@ from gateway.jobdir import JobDir
 from gateway.settings import DEMO_MODEL_PATH
 from tests.e2e import training
 from tests.server import Server
-from trainer.dataset import load_examples, read_bundle
+from trainer.data.dataset import load_examples, read_bundle
 
 pytestmark = pytest.mark.timeout(1200)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gateway.chat.render import IGNORED, TrainingSequence
 from gateway.jobdir import Method
-from trainer.examples import Examples
+from trainer.data.examples import Examples
 
 
 def draw_sequence(draw: random.Random, prompt: list[int] | None = None) -> TrainingSequence:

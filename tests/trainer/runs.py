@@ -10,9 +10,9 @@ from gateway.jobdir import BaseRef, Check, JobDir, Lora, Method, Options, read_e
 from tests.tiny_model import write_examples, write_job
 from trainer import loop
 from trainer.arithmetic import choose
-from trainer.batches import Batches
+from trainer.data.batches import Batches
+from trainer.data.examples import Examples
 from trainer.events import EventLog
-from trainer.examples import Examples
 from trainer.methods import make_objective
 from trainer.model import add_lora, load_base
 from trainer.progress import Progress

@@ -17,10 +17,10 @@ from tests.tiny_model import write_examples, write_job
 from tests.trainer.conftest import run_trainer
 from trainer.auto import Resolved, auto_batch_size, auto_epochs, resolve
 from trainer.check import run_check
-from trainer.conversations import read_messages
-from trainer.dataset import load_examples, read_bundle
-from trainer.jsonl import read_lines
-from trainer.lines import BadLine, Line
+from trainer.data.conversations import read_messages
+from trainer.data.dataset import load_examples, read_bundle
+from trainer.data.jsonl import read_lines
+from trainer.data.lines import BadLine, Line
 
 GOOD = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]}
 REPLY = {"role": "assistant", "content": "Hi."}

@@ -22,9 +22,9 @@ from gateway.jobdir import ADAPTER_FILES, Event, Hyperparameters, JobDir, Launch
 from tests.tiny_model import write_examples, write_job
 from tests.trainer.conftest import folder_bytes, run_trainer
 from tests.trainer.llama_scores import llama_model, reply_logprobs
-from trainer.batches import EpochOrder
-from trainer.distributed import Ranks
-from trainer.group import Failure, RankFailed, first_failure
+from trainer.data.batches import EpochOrder
+from trainer.processes.distributed import Ranks
+from trainer.processes.group import Failure, RankFailed, first_failure
 
 LOSS_TOLERANCE = 1e-5  # measured: 5e-7, what float32 makes of sums in another order
 WEIGHT_TOLERANCE = 1e-4  # measured: 2e-5, where a gradient is next to nothing and Adam makes a step of it all the same
@@ -196,7 +196,7 @@ def looks(trainer: subprocess.Popen[str]) -> Iterator[list[int]]:
     while time.monotonic() < deadline:
         assert trainer.poll() is None, trainer.communicate()[1]
         pids = [int(pid) for pid in children.read_text().split()]
-        yield [pid for pid in pids if b"trainer.rank" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        yield [pid for pid in pids if b"trainer.processes.rank" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         time.sleep(0.005)
 
 
@@ -211,7 +211,7 @@ def assert_gone(pids: list[int]) -> None:
 def is_alive(pid: int) -> bool:
     try:
         return (
-            b"trainer.rank" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            b"trainer.processes.rank" in Path(f"/proc/{pid}/cmdline").read_bytes()
         )  # empty for one that only waits to be reaped
     except FileNotFoundError:
         return False

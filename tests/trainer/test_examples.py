@@ -12,8 +12,8 @@ from gateway.jobdir import JobDir, Options
 from tests.tiny_model import write_job
 from trainer.__main__ import _examples
 from trainer.check import run_check
-from trainer.dataset import load_examples, read_bundle, stored_examples
-from trainer.examples import Examples, StaleExamples, open_examples, write_examples
+from trainer.data.dataset import load_examples, read_bundle, stored_examples
+from trainer.data.examples import Examples, StaleExamples, open_examples, write_examples
 
 PAIRS = [
     [TrainingSequence([1, 2, 3], [IGNORED, 2, 3]), TrainingSequence([1, 9], [IGNORED, 9])],

@@ -19,11 +19,11 @@ from gateway.jobdir import Check, Method, Options
 from tests.tiny_model import write_job
 from tests.tiny_tokenizers import byte_level
 from trainer.check import run_check
-from trainer.conversations import BadExample, Example
-from trainer.dataset import stored_examples
-from trainer.forms import FORMS, form_of
-from trainer.lines import BadLine, Line
-from trainer.rendering import SPLIT, UNPAIRED, Conversation, Renderer, Rendering
+from trainer.data.conversations import BadExample, Example
+from trainer.data.dataset import stored_examples
+from trainer.data.forms import FORMS, form_of
+from trainer.data.lines import BadLine, Line
+from trainer.data.rendering import SPLIT, UNPAIRED, Conversation, Renderer, Rendering
 
 USER, REPLY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
 BAD = {"role": "assistant", "content": "No."}

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.json_list import split_list
-from trainer.jsonl import parse_line, read_lines
-from trainer.lines import BadLine, Line, Raw
+from trainer.data.json_list import split_list
+from trainer.data.jsonl import parse_line, read_lines
+from trainer.data.lines import BadLine, Line, Raw
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
@@ -88,7 +88,7 @@ def test_a_line_of_its_own_that_begins_like_a_list_is_one_item_of_no_form() -> N
 MEASURED = """
 import sys
 from pathlib import Path
-from trainer.jsonl import read_lines
+from trainer.data.jsonl import read_lines
 count = sum(1 for _ in read_lines(Path(sys.argv[1])))
 peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))
 print(count, peak.split()[1])

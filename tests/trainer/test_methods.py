@@ -22,15 +22,15 @@ from tests.trainer.conftest import folder_bytes
 from tests.trainer.drawn import draw_examples, draw_sequence
 from tests.trainer.runs import Settings, train_in_process
 from trainer.arithmetic import choose
-from trainer.batches import collate, pack, pad, take_apart
-from trainer.dpo import DirectPreference
-from trainer.examples import Examples
-from trainer.kto import KahnemanTversky, balanced_weights
+from trainer.data.batches import collate, pack, pad, take_apart
+from trainer.data.examples import Examples
+from trainer.methods.dpo import DirectPreference
+from trainer.methods.kto import KahnemanTversky, balanced_weights
+from trainer.methods.orpo import OddsRatio
+from trainer.methods.reference import as_reference, freeze_reference
+from trainer.methods.sft import Supervised
 from trainer.model import add_lora, base_learning_rate, load_base
-from trainer.orpo import OddsRatio
-from trainer.reference import as_reference, freeze_reference
 from trainer.scoring import evaluating, score_replies
-from trainer.sft import Supervised
 
 torch.set_num_threads(1)
 

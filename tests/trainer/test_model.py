@@ -15,9 +15,9 @@ from trl.trainer.utils import add_fused_lm_head
 
 from gateway.chat.render import IGNORED, TrainingSequence
 from gateway.jobdir import BaseRef, JobDir, Lora
-from trainer.batches import Batches, EpochOrder, fitting_pass_size, pad
-from trainer.dataset import load_examples, read_bundle
-from trainer.examples import Examples
+from trainer.data.batches import Batches, EpochOrder, fitting_pass_size, pad
+from trainer.data.dataset import load_examples, read_bundle
+from trainer.data.examples import Examples
 from trainer.export.tensors import UnsupportedModel
 from trainer.model import add_lora, base_learning_rate, load_base
 from trainer.scoring import evaluating, score, token_logprobs

@@ -19,9 +19,9 @@ from tests.trainer.conftest import run_trainer
 from tests.trainer.drawn import draw_examples
 from tests.trainer.runs import Settings, train_in_process
 from trainer.arithmetic import Arithmetic, UnsupportedOption, choose, needs_checkpointing
-from trainer.batches import collate
+from trainer.data.batches import collate
+from trainer.methods.sft import Supervised
 from trainer.model import add_lora, base_learning_rate, load_base
-from trainer.sft import Supervised
 
 torch.set_num_threads(1)
 

@@ -20,7 +20,7 @@ from gateway.chat.render import TrainingSequence
 from gateway.jobdir import BaseRef, Lora, Method
 from tests.trainer.drawn import draw_pair, draw_sequence, split
 from tests.trainer.runs import Settings, train_in_process
-from trainer.examples import Examples
+from trainer.data.examples import Examples
 from trainer.model import add_lora, base_learning_rate, load_base
 
 torch.set_num_threads(1)

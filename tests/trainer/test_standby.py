@@ -23,7 +23,7 @@ class StandingBy:
     """A standby as the gateway starts it."""
 
     def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "trainer.standby", "--threads", "1", *arguments]
+        command = [sys.executable, "-m", "trainer.processes.standby", "--threads", "1", *arguments]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )

@@ -17,18 +17,18 @@ from gateway.chat.bundle import Bundle, make_bundle
 from gateway.chat.registry import template_named
 from gateway.jobdir import process_start_time
 from tests.tiny_tokenizers import byte_level
-from trainer.forms import FORMS
-from trainer.lines import BadLine, Raw
-from trainer.rendering import Renderer, Rendering
-from trainer.survey import render_chunk
-from trainer.workers import render_in_parallel
+from trainer.data.forms import FORMS
+from trainer.data.lines import BadLine, Raw
+from trainer.data.rendering import Renderer, Rendering
+from trainer.data.survey import render_chunk
+from trainer.data.workers import render_in_parallel
 
 ENDLESS = """
 import sys
 from itertools import repeat
 from tests.trainer.test_workers import chunk_of, rendering_of
-from trainer.forms import FORMS
-from trainer.workers import render_in_parallel
+from trainer.data.forms import FORMS
+from trainer.data.workers import render_in_parallel
 for _ in render_in_parallel(rendering_of(), FORMS[-1], repeat(chunk_of(0)), 2):
     print("one", flush=True)
 """

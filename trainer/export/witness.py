@@ -20,9 +20,9 @@ from peft import PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel
 
 from gateway.chat.render import IGNORED
-from trainer.distributed import ALONE, Ranks
-from trainer.examples import Examples
+from trainer.data.examples import Examples
 from trainer.model import load_adapter, wrap
+from trainer.processes.distributed import ALONE, Ranks
 from trainer.scoring import evaluating, token_logprobs
 
 ITEMS, TOKENS = 6, 24

@@ -18,7 +18,7 @@ from peft import PeftModel
 from gateway.chat.bundle import Bundle
 from gateway.chat.render import IGNORED
 from gateway.jobdir import Prediction
-from trainer.examples import Examples
+from trainer.data.examples import Examples
 from trainer.scoring import evaluating
 
 MAX_TOKENS = 64  # of an answer

@@ -20,7 +20,7 @@ from typing import Any
 
 from gateway.jobdir import Hyperparameters, JobDir, Lora
 from tests.tiny_model import write_job
-from trainer.libraries import import_libraries, set_environment
+from trainer.processes.libraries import import_libraries, set_environment
 
 DEMO_MODEL = Path(__file__).parents[3] / "deploy" / "demo_model"
 KINDS = ("tunegate", "plain TRL")
@@ -86,7 +86,7 @@ def measure(kind: str, job: JobDir) -> Figures:
     from transformers import TrainerCallback
 
     from trainer.check import run_check
-    from trainer.dataset import stored_examples
+    from trainer.data.dataset import stored_examples
     from trainer.model import add_lora, load_base
 
     torch.set_num_threads(spec.threads)
@@ -124,8 +124,8 @@ def our_trainer(job: JobDir, model: Any, examples: Any) -> Any:
     from trainer.events import EventLog
     from trainer.export.witness import Witness
     from trainer.loop import LoopTrainer, Run
+    from trainer.methods.sft import Supervised
     from trainer.progress import Progress
-    from trainer.sft import Supervised
 
     spec, check = job.read_spec(), job.read_check()
     if check is None:

@@ -79,7 +79,7 @@ def _standby_cpu(server: Server) -> int:
     assert server.process is not None
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if b"trainer.standby" in (process / "cmdline").read_bytes():
+            if b"trainer.processes.standby" in (process / "cmdline").read_bytes():
                 fields = (process / "stat").read_text().rsplit(")", 1)[1].split()
                 if int(fields[1]) == server.process.pid:
                     return int(fields[11]) + int(fields[12]) or -1

@@ -13,8 +13,8 @@ import torch
 from peft import PeftModel
 
 from gateway.chat.render import IGNORED, TrainingSequence
-from trainer.batches import pad, take_apart
-from trainer.reference import Reference, as_reference
+from trainer.data.batches import pad, take_apart
+from trainer.methods.reference import Reference, as_reference
 from trainer.scoring import Objective, Score, evaluating, n_sequences, score_replies
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from gateway.chat.bundle import Bundle
 from gateway.jobdir import FileRef, JobDir, JobSpec, TrainerError, Turns
-from trainer.examples import Examples, open_examples, write_examples
-from trainer.forms import Form, fitting_forms, form_of
-from trainer.jsonl import read_lines, split_file
-from trainer.lines import BadLine, Line, Raw
-from trainer.rendering import Renderer, Rendering
-from trainer.survey import Survey, render_chunk
-from trainer.workers import render_in_parallel
+from trainer.data.examples import Examples, open_examples, write_examples
+from trainer.data.forms import Form, fitting_forms, form_of
+from trainer.data.jsonl import read_lines, split_file
+from trainer.data.lines import BadLine, Line, Raw
+from trainer.data.rendering import Renderer, Rendering
+from trainer.data.survey import Survey, render_chunk
+from trainer.data.workers import render_in_parallel
 
 PARALLEL_FROM_BYTES = 4 << 20
 _FORMAT = 1  # of what is rendered: another number, and examples that were stored before are not used

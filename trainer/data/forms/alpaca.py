@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gateway.chat.conversation import Message
-from trainer.conversations import BadExample, Example, kind_of, read_optional, read_reply, read_said
+from trainer.data.conversations import BadExample, Example, kind_of, read_optional, read_reply, read_said
 
 INSTRUCTION_HEADING, _INPUT_HEADING = "### Instruction", "### Input: "
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from trainer.lines import BadLine, Raw, too_long
+from trainer.data.lines import BadLine, Raw, too_long
 
 _CHUNK_BYTES = 1 << 20
 _OUTSIDE = re.compile(rb'["{}\[\],]')

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 from gateway.chat.render import IGNORED
 from gateway.jobdir import TrainerError
-from trainer.examples import Examples
-from trainer.jsonl import parse_line
-from trainer.lines import BadLine, Raw
-from trainer.rendering import Conversation, Renderer
+from trainer.data.examples import Examples
+from trainer.data.jsonl import parse_line
+from trainer.data.lines import BadLine, Raw
+from trainer.data.rendering import Conversation, Renderer
 
 MIN_EXAMPLES = 10
 _PROBLEMS_KEPT = 20

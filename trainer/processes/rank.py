@@ -1,4 +1,4 @@
-"""`python -m trainer.rank JOB_DIR`: one of the processes that train a job together, as `group` starts them.
+"""`python -m trainer.processes.rank JOB_DIR`: one of the processes that train a job together, as `group` starts them.
 
 Place in the flow: group → torchrun's agent → **rank** → the same `run` as a trainer on its own. One rule: it never outlives
 the group. The kernel ends it when the process that started it is gone, and while it lives it holds the job's `ranks.lock`
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from gateway.jobdir import JobDir
 from trainer.__main__ import run
-from trainer.group import LEADER_VARIABLE, Failure, LostRanks, ranks_lock
+from trainer.processes.group import LEADER_VARIABLE, Failure, LostRanks, ranks_lock
 
 _PR_SET_PDEATHSIG = 1
 

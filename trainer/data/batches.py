@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from gateway.chat.render import IGNORED, TrainingSequence
-from trainer.examples import Examples
+from trainer.data.examples import Examples
 
 _BATCHES_SORTED_TOGETHER = 16
 FILLER = "filler"  # in a pass that only keeps this rank in step with the others: its loss counts nothing

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gateway.chat.conversation import Message
-from trainer.conversations import (
+from trainer.data.conversations import (
     BadExample,
     Example,
     kind_of,

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch.nn import functional
 
-from trainer.reference import Reference
+from trainer.methods.reference import Reference
 from trainer.scoring import Objective, Score, n_sequences, score_replies
 
 

@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from trainer.json_list import split_list
-from trainer.lines import BadLine, Line, Raw, too_long
+from trainer.data.json_list import split_list
+from trainer.data.lines import BadLine, Line, Raw, too_long
 
 LINE_LIMIT_BYTES = 8 << 20
 _NUMBER_LIMIT = 100  # digits

@@ -13,10 +13,10 @@ from gateway.chat.bundle import Bundle
 from gateway.chat.conversation import Message, RenderError
 from gateway.chat.render import TrainingSequence, fitting_messages, render_example, render_replies
 from gateway.jobdir import Method, TrainOn, Turns
-from trainer.conversations import BadExample, Example
-from trainer.forms import Form, form_of, unknown_form
-from trainer.forms.alpaca import INSTRUCTION_HEADING
-from trainer.lines import BadLine, Line
+from trainer.data.conversations import BadExample, Example
+from trainer.data.forms import Form, form_of, unknown_form
+from trainer.data.forms.alpaca import INSTRUCTION_HEADING
+from trainer.data.lines import BadLine, Line
 
 SPLIT = "that were too long and were split at the borders of turns"
 UNPAIRED = "taken from pairs, the chosen reply as desirable and the rejected as undesirable"

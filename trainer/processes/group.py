@@ -1,7 +1,7 @@
 """A job that several processes train together: they are started, watched and ended as one, by the process that has the lock.
 
-Place in the flow: `python -m trainer JOB_DIR`, whose job.json has `launch.processes` > 1 → **group** → one `trainer.rank` a
-process. This process is the agent of `torchrun --standalone --nproc-per-node N`, in torchrun's own code. One rule: whoever is
+Place in the flow: `python -m trainer JOB_DIR`, whose job.json has `launch.processes` > 1 → **group** → one
+`trainer.processes.rank` a process. This process is the agent of `torchrun --standalone --nproc-per-node N`, in torchrun's own code. One rule: whoever is
 gone takes the others along. A rank that ends early: the agent ends the rest. The agent itself: the kernel kills the ranks.
 """
 
@@ -92,7 +92,7 @@ def train_together(job: JobDir, spec: JobSpec) -> None:
         signals_to_handle=_SIGNALS,
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "trainer.rank", str(job.path))
+        elastic_launch(config, sys.executable)("-m", "trainer.processes.rank", str(job.path))
     except ChildFailedError as error:
         found = {rank: Failure.read(job, rank) for rank in range(world)}
         raise first_failure(found, {rank: failed.exitcode for rank, failed in error.failures.items()}) from None

@@ -6,7 +6,7 @@ Place in the flow: job.json, check.json → **methods** → loop.
 from __future__ import annotations
 
 from gateway.jobdir import Check, JobSpec
-from trainer.examples import Examples
+from trainer.data.examples import Examples
 from trainer.scoring import Objective
 
 DEFAULT_BETA = 0.1  # OpenAI's for dpo, TRL's for all three
@@ -17,20 +17,20 @@ def make_objective(spec: JobSpec, check: Check, training: Examples) -> Objective
     beta = DEFAULT_BETA if check.beta is None else check.beta
     match spec.method:
         case "supervised":
-            from trainer.sft import Supervised
+            from trainer.methods.sft import Supervised
 
             return Supervised()
         case "dpo":
-            from trainer.dpo import DirectPreference
+            from trainer.methods.dpo import DirectPreference
 
             return DirectPreference(beta, len(training))
         case "kto":
-            from trainer.kto import KahnemanTversky, balanced_weights
+            from trainer.methods.kto import KahnemanTversky, balanced_weights
 
             n_desirable = int(training.desirable.sum())
             weights = balanced_weights(n_desirable, len(training) - n_desirable)
             return KahnemanTversky(beta, len(training), spec.max_length, *weights)
         case "orpo":
-            from trainer.orpo import OddsRatio
+            from trainer.methods.orpo import OddsRatio
 
             return OddsRatio(beta)

@@ -1,6 +1,6 @@
 """A trainer that is there before its job: libraries imported, the next base loaded, its errands given over a pipe.
 
-    python -m trainer.standby --threads N [--relaxed]
+    python -m trainer.processes.standby --threads N [--relaxed]
 
 Place in the flow: gateway/jobs/standby.py → **standby** → the same `work` as `python -m trainer`. It is told on stdin, a
 JSON object a line, and says on stdout, a line each:
@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 
 from gateway.jobdir import CHECK_RECORD, LOCKED_EXIT_CODE, BaseRef, JobDir
 from trainer.__main__ import leave, work
-from trainer.libraries import import_libraries, set_environment
+from trainer.processes.libraries import import_libraries, set_environment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +40,7 @@ _SHARE_OF_MEMORY = 8  # a base that waits for a job takes no more of what is ava
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m trainer.standby")
+    parser = argparse.ArgumentParser(prog="python -m trainer.processes.standby")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--relaxed", action="store_true", help="import in a relaxed way")
     options = parser.parse_args()

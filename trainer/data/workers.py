@@ -14,11 +14,11 @@ from multiprocessing.connection import Connection
 
 from gateway.chat.bundle import Bundle
 from gateway.jobdir import Method, TrainOn, Turns
-from trainer.examples import Examples
-from trainer.forms import FORMS, Form
-from trainer.lines import BadLine, Raw
-from trainer.rendering import Renderer, Rendering
-from trainer.survey import Survey, render_chunk
+from trainer.data.examples import Examples
+from trainer.data.forms import FORMS, Form
+from trainer.data.lines import BadLine, Raw
+from trainer.data.rendering import Renderer, Rendering
+from trainer.data.survey import Survey, render_chunk
 
 Chunk = list[Raw | BadLine]
 

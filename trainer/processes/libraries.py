@@ -40,7 +40,7 @@ def import_libraries(*, quantised: bool = False, sharded: bool = False) -> None:
     warnings.simplefilter("ignore", FutureWarning)  # the pinned libraries' words to one another
     _leave_out(*(() if quantised else _QUANTISING), *(() if sharded else _SHARDING))
     hidden = _leave_out(*_TRACKING)
-    for name in ("trainer.loop", "trainer.methods", "trainer.reference", "trainer.sft"):
+    for name in ("trainer.loop", "trainer.methods", "trainer.methods.reference", "trainer.methods.sft"):
         importlib.import_module(name)
     for name in hidden:
         del sys.modules[name]

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gateway.chat.conversation import Message, Role
-from trainer.conversations import (
+from trainer.data.conversations import (
     MESSAGES_LIMIT,
     BadExample,
     Example,

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gateway.jobdir import Method
-from trainer.conversations import BadExample, Example, kind_of, shown
-from trainer.forms import alpaca, openai, sharegpt, trl
+from trainer.data.conversations import BadExample, Example, kind_of, shown
+from trainer.data.forms import alpaca, openai, sharegpt, trl
 
 SUPERVISED: tuple[Method, ...] = ("supervised",)
 PREFERENCE: tuple[Method, ...] = ("dpo", "orpo", "kto")  # for kto each pair is two examples

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.conversations import (
+from trainer.data.conversations import (
     BadExample,
     Example,
     kind_of,
@@ -14,7 +14,7 @@ from trainer.conversations import (
     read_reply,
     read_tools,
 )
-from trainer.conversations import (
+from trainer.data.conversations import (
     read_messages as _read_messages,
 )
 
