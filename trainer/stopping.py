@@ -73,7 +73,7 @@ class Divergence:
 
     Far above: more than 1.5 times the mean of the first 10 steps and a nat above it, 20 steps in a row. One hard batch, or
     ten, end no run, and neither does a loss that only fails to fall; a model that predicts worse than before it was tuned
-    for so long has lost what it knew.
+    for so long has lost what it knew. Not seen: a collapse within the first steps to a loss like the first ones.
     """
 
     start_loss: float = 0.0  # the sum of the first steps' losses
