@@ -1,8 +1,9 @@
 """A job that several processes train together: they are started, watched and ended as one, by the process that has the lock.
 
 Place in the flow: `python -m trainer JOB_DIR`, whose job.json has `launch.processes` > 1 → **group** → one
-`trainer.processes.rank` a process. This process is the agent of `torchrun --standalone --nproc-per-node N`, in torchrun's own code. One rule: whoever is
-gone takes the others along. A rank that ends early: the agent ends the rest. The agent itself: the kernel kills the ranks.
+`trainer.processes.rank` a process. This process is the agent of `torchrun --standalone --nproc-per-node N`, in torchrun's own
+code. One rule: whoever is gone takes the others along. A rank that ends early: the agent ends the rest. The agent itself:
+the kernel kills the ranks.
 """
 
 from __future__ import annotations
