@@ -5,7 +5,7 @@
     keys.stamp      grows by a byte whenever a key is made or revoked: `gateway/keys.py`
     blobs/          files by digest: `blobs.py`
     bases/NAME/     prepared bases
-    jobs/ID/        job directories: `gateway/jobdir.py`
+    jobs/ID/        job directories: `gateway/jobdir/`
     adapters/DIGEST/    published adapters, never changed
     exports/ID/     what is being made of a tuned model for a client: `gateway/exports.py`
     tracking/       what trackers keep here: TensorBoard's files, MLflow's database and artifacts
