@@ -71,6 +71,9 @@ bench-llama: $(READY) ## the llama worker beside llama-server and llama-cpp-pyth
 bench-trainer: $(READY) ## the trainer beside plain TRL, and a job's phases, warm and cold (BENCH="--quick" for two minutes)
 	@$(BIN)/python -m tests.bench.trainer $(BENCH)
 
+bench-reading: $(READY) ## a training file of 1 GB checked: how fast, and whether memory grows with it (6 minutes on 2 idle cores)
+	@$(BIN)/python -m tests.bench.reading $(BENCH)
+
 bench-listing: $(READY) ## a page of a list, in a store of 100 and in one of 10,000 jobs and 100,000 events
 	@$(BIN)/python -m tests.bench.listing
 

@@ -34,6 +34,8 @@ class Plan:
     check_crashes: bool = False
     check_s: float = 0.0
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
     fail: list[str] | None = None
     kill_at: dict[str, int] = field(default_factory=dict)  # attempt → the step before which it kills itself
     always_kill_at: int | None = None
@@ -57,7 +59,7 @@ class Trainer:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(self.plan.check_s)
         if self.plan.check_error:
-            self.job.write_check(Check(error=TrainerError(*self.plan.check_error)))
+            self.job.write_check(Check(error=TrainerError(*self.plan.check_error), problems=tuple(self.plan.problems)))
             return
         spec = self.job.read_spec()
         lines = (self.job.path / spec.training_file.path).read_bytes().count(b"\n")
@@ -71,6 +73,7 @@ class Trainer:
                 learning_rate_multiplier=1.0,
                 total_steps=self.plan.steps,
                 warnings=tuple(self.plan.warnings),
+                notes=tuple(self.plan.notes),
             )
         )
 

@@ -128,14 +128,25 @@ async def test_a_check_that_crashes_fails_the_job_and_names_its_last_words(
         assert "SIGKILL" in ended.error["message"] and "the check met?[31m its end" in ended.error["message"]
 
 
-async def test_what_the_check_warns_of_is_an_event(
+async def test_bad_lines_are_events_before_the_job_fails(tmp_path: Path, base: PreparedBase, engine: Engine) -> None:
+    bad = [f"Training file: Line {number}: is not JSON" for number in range(1, 21)]
+    error = ["invalid_training_file", "The training file has 99 invalid example(s)", "training_file"]
+    async with open_workshop(tmp_path, base, engine, Plan(check_error=error, problems=bad)) as shop:
+        ended = await shop.wait_for((await shop.create()).id, "failed")
+        assert ended.error is not None and ended.error["code"] == "invalid_training_file"
+        told = [event.message for event in await shop.events(ended.id) if event.level == "error"]
+        assert sorted(told) == sorted([*bad, f"The job failed: {error[1]}"])
+
+
+async def test_what_the_check_notes_and_warns_of_are_events(
     tmp_path: Path, base: PreparedBase, engine: Engine, adapter: Path
 ) -> None:
-    plan = Plan(adapter=str(adapter), warnings=["3 example(s) were shortened"])
+    plan = Plan(adapter=str(adapter), warnings=["3 example(s) were shortened"], notes=["12 examples"])
     async with open_workshop(tmp_path, base, engine, plan) as shop:
         ended = await shop.wait_for((await shop.create()).id, "succeeded")
         warned = [event.message for event in await shop.events(ended.id) if event.level == "warn"]
         assert warned == ["3 example(s) were shortened"]
+        assert "12 examples" in [event.message for event in await shop.events(ended.id) if event.level == "info"]
 
 
 async def test_a_trainer_that_fails_fails_the_job(tmp_path: Path, base: PreparedBase, engine: Engine) -> None:
