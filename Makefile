@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .PHONY: help setup demo serve stop test vllm test-vllm check format lint conformance parity bench-gateway bench-llama
-.PHONY: bench-rendering bench-listing bench-trainer soak clean clean-venv
+.PHONY: bench-rendering bench-reading bench-listing bench-trainer soak clean clean-venv
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -71,7 +71,7 @@ bench-llama: $(READY) ## the llama worker beside llama-server and llama-cpp-pyth
 bench-trainer: $(READY) ## the trainer beside plain TRL, and a job's phases, warm and cold (BENCH="--quick" for two minutes)
 	@$(BIN)/python -m tests.bench.trainer $(BENCH)
 
-bench-reading: $(READY) ## a training file of 1 GB checked: how fast, and whether memory grows with it (6 minutes on 2 idle cores)
+bench-reading: $(READY) ## a training file of 1 GB checked: how fast, and whether memory grows with it (many minutes)
 	@$(BIN)/python -m tests.bench.reading $(BENCH)
 
 bench-listing: $(READY) ## a page of a list, in a store of 100 and in one of 10,000 jobs and 100,000 events
