@@ -1,6 +1,6 @@
 """What the operator may set: a TOML file and TUNEGATE_… environment variables, read once; unknown keys refuse to start.
 
-Every setting has a heading in the README; a test holds that.
+Every setting has a heading in SETTINGS.md; a test holds that.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def load_settings(config: Path | None, environ: Mapping[str, str], overrides: Ma
     try:
         settings = msgspec.convert(raw, Settings)
     except msgspec.ValidationError as error:
-        raise SettingsError(f"{where}: {error}; the README lists every setting") from error
+        raise SettingsError(f"{where}: {error}; gateway/SETTINGS.md lists every setting") from error
     return _complete(settings, config, environ)
 
 

@@ -1,4 +1,4 @@
-"""The documentation is true: settings, commands and links are as the README says; its examples run against a real server."""
+"""The documentation is true: settings, commands and links are as the documents say; its examples run against a real server."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from gateway.tracking_settings import TrackingSettings
 from tests.server import Server
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+DOCS = [ROOT / name for name in ("README.md", "trainer/README.md", "gateway/SETTINGS.md")]
+TEXT = "\n".join(path.read_text() for path in DOCS)
 EXAMPLES = ROOT / "clients" / "examples"
 
 
 def code_blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 
 
 def setting_names() -> set[str]:
-    """Every setting as the README's headings name it."""
+    """Every setting as the headings name it."""
     tables = {"": Settings, "bases.NAME.": BaseSettings, "templates.NAME.": TemplateSettings}
     tables |= {"engines.": EngineSettings, "jobs.": JobSettings, "limits.": LimitSettings}
     tables |= {"tracking.": TrackingSettings}
@@ -42,28 +43,40 @@ def run(command: list[str], server: Server) -> str:
 
 
 def on(server: Server, text: str) -> str:
-    """The README's text with the port that the test's server has."""
+    """The TEXT's text with the port that the test's server has."""
     return text.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}")
 
 
 def test_every_setting_has_a_heading_and_every_heading_is_a_setting() -> None:
-    assert set(re.findall(r"^#### `(.+)`$", README, re.MULTILINE)) == setting_names()
+    assert set(re.findall(r"^#### `(.+)`$", TEXT, re.MULTILINE)) == setting_names()
 
 
 def test_the_readme_names_only_make_targets_that_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"(?:`|^    |=\d+ )make ([a-z-]+)", README, re.MULTILINE))
+    named = set(re.findall(r"(?:`|^    |=\d+ )make ([a-z-]+)", TEXT, re.MULTILINE))
     assert {"demo", "test", "setup", "stop", "check", "bench-gateway"} <= named <= targets
 
 
 def test_links_lead_to_files_that_exist() -> None:
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    found = [(doc, link) for doc in DOCS for link in re.findall(r"\]\((?!https?:)([^)#]+)[)#]", doc.read_text())]
+    assert found
+    assert [(doc.name, link) for doc, link in found if not (doc.parent / link).exists()] == []
+
+
+def test_links_to_headings_lead_to_headings() -> None:
+    anchors = {doc: {_anchor(line) for line in re.findall(r"^#+ (.+)$", doc.read_text(), re.MULTILINE)} for doc in DOCS}
+    for doc in DOCS:
+        for link, heading in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", doc.read_text()):
+            assert heading in anchors[(doc.parent / link).resolve() if link else doc], (doc.name, link, heading)
+
+
+def _anchor(heading: str) -> str:
+    """As GitHub makes one."""
+    return re.sub(r"[^a-z0-9 _-]", "", heading.lower()).replace(" ", "-")
 
 
 def test_the_options_of_serve_are_those_the_readme_lists() -> None:
-    (line,) = re.findall(r"`tunegate serve (\[.*?)`", README, re.DOTALL)
+    (line,) = re.findall(r"`tunegate serve (\[.*?)`", TEXT, re.DOTALL)
     help_text = subprocess.run(
         [sys.executable, "-m", "gateway", "serve", "--help"],
         env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"},
@@ -77,7 +90,7 @@ def test_the_options_of_serve_are_those_the_readme_lists() -> None:
 
 
 def test_the_options_of_models_add_are_those_the_readme_lists() -> None:
-    line = " ".join(re.findall(r"^tunegate models add .*$", README, re.MULTILINE))
+    line = " ".join(re.findall(r"^tunegate models add .*$", TEXT, re.MULTILINE))
     help_text = subprocess.run(
         [sys.executable, "-m", "gateway", "models", "add", "--help"],
         env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"},
@@ -91,7 +104,7 @@ def test_the_options_of_models_add_are_those_the_readme_lists() -> None:
 
 
 def test_the_options_of_export_are_those_the_readme_lists() -> None:
-    (line,) = re.findall(r"^tunegate export .*$", README, re.MULTILINE)
+    (line,) = re.findall(r"^tunegate export .*$", TEXT, re.MULTILINE)
     help_text = subprocess.run(
         [sys.executable, "-m", "gateway", "export", "--help"],
         env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"},
@@ -120,7 +133,7 @@ def test_python_examples_of_the_readme_run(number: int, server: Server) -> None:
 def test_settings_examples_of_the_readme_are_taken(tmp_path: Path) -> None:
     from gateway.settings import load_settings
 
-    several, tracking, bases, vllm, engines = code_blocks("toml")
+    bases, vllm, engines, several, tracking = code_blocks("toml")
     config = tmp_path / "tunegate.toml"
     config.write_text(several + tracking + bases + engines)
     (tmp_path / "wandb.key").write_text("secret")
