@@ -128,7 +128,7 @@ class LoopTrainer(Trainer):
         width = None
         if run.arithmetic.flash_attention:  # it tells packed sequences apart in a single row only
             width = self.pass_size * _most_tokens(run.training)
-        return Batches(
+        batches = Batches(
             run.training,
             run.check.batch_size,
             self.pass_size,
@@ -138,6 +138,8 @@ class LoopTrainer(Trainer):
             rank=run.ranks.rank,
             world=run.ranks.world,
         )
+        self.progress.watch(run.training, batches.order.first_batch())
+        return batches
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
