@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from gateway.engines.adapters import check_adapter
-from gateway.jobdir import ADAPTER_FILES, LOCKED_EXIT_CODE, Event, Hyperparameters, JobDir, read_events
+from gateway.jobdir import ADAPTER_FILES, LOCKED_EXIT_CODE, Event, Hyperparameters, JobDir, Options, read_events
 from tests.tiny_model import write_job
 from tests.trainer.conftest import folder_bytes, new_job, run_trainer
 from trainer.__main__ import _explained
@@ -149,6 +149,26 @@ def test_a_job_that_collapses_within_its_first_steps_has_diverged(
     assert result.error.code == "training_diverged" and "on the examples of the first step" in result.error.message
     losses = [event.data["train_loss"] for event in events_of(job) if event.type == "metrics"]
     assert len(losses) < 60 and losses[-1] < 1.5 * sum(losses[:10]) / 10
+
+
+@pytest.mark.parametrize(("validated", "code"), [(True, "invalid_loss"), (False, "training_diverged")])
+def test_a_last_step_that_spoils_the_weights_fails_the_job(
+    tiny_base: Path, files: Path, tmp_path: Path, validated: bool, code: str
+) -> None:
+    """No later step has a loss to tell of it: the validation has, and without one the adapter's own witness."""
+    job = write_job(
+        tmp_path / "job",
+        tiny_base,
+        files / "train.jsonl",
+        validation=files / "valid.jsonl" if validated else None,
+        hyperparameters=Hyperparameters(n_epochs=1, batch_size=40, learning_rate_multiplier=1e30),
+        options=Options(scheduler="constant", warmup_ratio=0.0),
+    )
+    assert run_trainer(job).returncode == 0
+    result = job.read_result()
+    assert result is not None and result.error is not None
+    assert result.error.code == code and "learning_rate_multiplier" in result.error.message
+    assert not [event for event in events_of(job) if event.type == "checkpoint"] and not job.adapter.exists()
 
 
 def test_a_loss_that_is_no_number_fails_the_job(tiny_base: Path, files: Path, tmp_path: Path) -> None:
