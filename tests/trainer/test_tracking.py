@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -305,3 +306,29 @@ def test_a_tracker_that_never_answers_is_waited_for_a_bounded_time(tracked_job: 
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its process is gone
     os.close(lock)
     assert owed(job, job.read_spec())
+
+
+def test_a_tracker_whose_process_is_killed_is_told_at_the_end(tracked_job: JobDir, tmp_path: Path) -> None:
+    job = JobDir(shutil.copytree(tracked_job.path, tmp_path / "job"))
+    shutil.rmtree(job.tracking)
+    tracked(job, Tracker("tensorboard", str(tmp_path / "boards")))
+    before = children()
+    with (
+        EventLog(job.events_path(2)) as events,
+        Tracking(job, job.read_spec().trackers, events) as tracking,
+    ):
+        (follower,) = children() - before
+        os.kill(follower, signal.SIGKILL)
+        tracking.on_metrics()
+        tracking.on_end("succeeded")
+    (warning,) = events_of(job, "message", 2)
+    assert warning.level == "warn" and warning.message.endswith(
+        "its process ended with exit code -9, without a word"
+    ), warning.message
+    assert owed(job, job.read_spec())
+
+
+def children() -> set[int]:
+    """This process's."""
+    me = os.getpid()
+    return {int(pid) for pid in Path(f"/proc/{me}/task/{me}/children").read_text().split()}

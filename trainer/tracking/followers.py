@@ -97,6 +97,8 @@ class Tracking:
                 self._warn(
                     child.tracker, f"it did not take everything within {self._end_wait_s:g} s after the last step"
                 )
+            elif child.exit_code and not child.has_complained:
+                self._warn(child.tracker, f"its process ended with exit code {child.exit_code}, without a word")
             child.kill()
         self._children.clear()
 
@@ -119,6 +121,7 @@ class _Child:
 
     def __init__(self, job: JobDir, tracker: Tracker, environ: dict[str, str]) -> None:
         self.tracker = tracker
+        self.has_complained = False
         self._rest = b""
         self._process = subprocess.Popen(
             [sys.executable, "-m", "trainer.tracking", str(job.path), tracker.kind],
@@ -141,6 +144,7 @@ class _Child:
             if not read or not to_the_end:
                 break
         *lines, self._rest = self._rest.split(b"\n")
+        self.has_complained |= bool(lines)
         return [str(json.loads(line)["problem"]) for line in lines]
 
     def say(self, status: str) -> None:
@@ -154,6 +158,11 @@ class _Child:
         except subprocess.TimeoutExpired:
             return True
         return False
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it is alive; that of a signal is negative."""
+        return self._process.returncode
 
     def kill(self) -> None:
         """Ends it and what it started."""
