@@ -67,7 +67,7 @@ def _note(kind: str, file: Prepared) -> str | None:
     if file.form is None or not survey.n_examples:
         return None
     said = f"The {kind} file is in {file.form.name} ({file.form.keys}): {_counted(survey.n_examples, 'example')}"
-    if survey.n_sequences > survey.n_examples and "rejected" not in file.form.keys:
+    if survey.n_sequences > survey.n_examples and "kto" not in file.form.methods:  # a pair has two by nature
         said += f" in {survey.n_sequences} sequences"
     said += f", {survey.n_tokens:,} tokens, {survey.n_trained_tokens:,} of them trained"
     parts = [f"{count:,} {remark}" for remark, count in sorted(survey.remarks.items())]

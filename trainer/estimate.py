@@ -16,7 +16,7 @@ from typing import Any
 from gateway.jobdir import BaseRef, JobSpec
 from trainer.export.tensors import text_config
 
-TOKENS_A_PASS = 16_384  # what a pass may hold: `batches.fitting_pass_size`
+TOKENS_A_PASS = 16_384  # that may go through the model at once; a larger batch comes in passes
 _PROCESS_BYTES = 700 << 20  # torch, transformers, trl and peft, imported
 _GPU_PROCESS_BYTES = 800 << 20  # the CUDA context and its libraries' workspaces
 _ADAPTER_BYTES = 16  # a trained parameter: itself, its gradient and Adam's two, in float32

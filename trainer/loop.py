@@ -29,6 +29,7 @@ from trainer.arithmetic import EXACT, Arithmetic, needs_checkpointing
 from trainer.checkpoints import drop_old, newest_checkpoint, open_checkpoints, served_checkpoints, step_of
 from trainer.data.batches import FILLER, Batches, fitting_pass_size
 from trainer.data.examples import Examples
+from trainer.estimate import TOKENS_A_PASS
 from trainer.export.adapter import write_adapter, write_peft_files
 from trainer.export.witness import Witness
 from trainer.model import base_learning_rate, load_adapter, load_base
@@ -53,7 +54,7 @@ class Run:
     validation: Examples | None
     objective: Objective
     arithmetic: Arithmetic = EXACT
-    pass_tokens: int = 16_384  # that may go through the model at once; a larger batch comes in passes
+    pass_tokens: int = TOKENS_A_PASS
     ranks: Ranks = ALONE
 
     def load_served_base(self) -> PreTrainedModel:

@@ -312,7 +312,9 @@ def test_a_file_of_each_form_passes_the_check_of_its_method(
     form, line = FORMS[number], LINES[number]
     check, stored = checked(tmp_path, tiny_base, [line] * 12, form.methods[0], as_list=as_list)
     assert (check.error, check.problems, check.n_examples) == (None, (), 12)
-    assert check.notes[0].startswith(f"The training file is in {form.name} ({form.keys}): 12 examples")
+    assert check.notes[0].startswith(f"The training file is in {form.name} ({form.keys}): 12 examples, "), (
+        "a pair is one"
+    )
     assert "steps: " in check.notes[1] and "GiB of memory" in check.notes[1]
     assert len(stored().sequences(0)) == (2 if "dpo" in form.methods else 1)
     assert stored().desirable.all() == ("label" not in line)

@@ -1,7 +1,7 @@
 """The adapter folder, whole: PEFT's two files, adapter.gguf, the template bundle, the witness, and the manifest of it all.
 
-Place in the flow: sft writes one for each checkpoint and one at the end. One rule: the same training gives the same
-bytes, so nothing in it names a time, a job or a machine.
+Place in the flow: loop writes one for each checkpoint, and the result is one of those. One rule: the same training gives the
+same bytes, so nothing in it names a time, a job or a machine.
 """
 
 from __future__ import annotations

@@ -9,17 +9,16 @@ from gateway.jobdir import Check, JobSpec
 from trainer.data.examples import Examples
 from trainer.scoring import Objective
 
-DEFAULT_BETA = 0.1  # OpenAI's for dpo, TRL's for all three
-
 
 def make_objective(spec: JobSpec, check: Check, training: Examples) -> Objective:
     """What this job minimises."""
-    beta = DEFAULT_BETA if check.beta is None else check.beta
-    match spec.method:
-        case "supervised":
-            from trainer.methods.sft import Supervised
+    if spec.method == "supervised":
+        from trainer.methods.sft import Supervised
 
-            return Supervised()
+        return Supervised()
+    beta = check.beta
+    assert beta is not None, "the check resolves it"
+    match spec.method:
         case "dpo":
             from trainer.methods.dpo import DirectPreference
 
