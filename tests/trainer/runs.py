@@ -29,6 +29,7 @@ class Settings:
     beta: float | None = 0.1
     pass_tokens: int = 16_384
     validation: Examples | None = None
+    start: Path | None = None  # the adapter to go on from
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def train_in_process(folder: Path, base: BaseRef, examples: Examples, settings: 
         total_steps=settings.n_epochs * -(-len(examples) // settings.batch_size),
     )
     numbers = choose(spec.options)
-    model = add_lora(load_base(spec.base, numbers), spec.lora, spec.seed)
+    model = add_lora(load_base(spec.base, numbers), spec.lora, spec.seed, settings.start)
     objective = make_objective(spec, check, examples)
     attempt = job.next_attempt()
     with EventLog(job.events_path(attempt)) as events:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -57,14 +58,12 @@ def pair(number: int) -> dict[str, object]:
     }
 
 
-def test_a_model_that_learnt_the_prompts_too_has_a_witness_with_prompts(
-    tiny_base: Path, files: Path, tmp_path: Path
-) -> None:
-    """Else the gateway could not tell whether an engine applies it, and would serve none of them."""
-    job = write_job(tmp_path / "job", tiny_base, files / "train.jsonl", options=Options(train_on="all"))
-    job.write_spec(replace(job.read_spec(), hyperparameters=Hyperparameters(n_epochs=1, batch_size=20)))
-    assert run_trainer(job).returncode == 0
-    assert len(read_witness(job.adapter / "witness.json")) == 6
+def test_a_model_that_learnt_the_prompts_too_has_a_witness_with_prompts(tiny_ref: BaseRef, tmp_path: Path) -> None:
+    """Else nothing could tell whether an engine applies it, and none would serve it."""
+    drawn = draw_examples("supervised", 20)
+    whole = replace(drawn, trained=np.ones_like(drawn.trained))
+    run = train_in_process(tmp_path, tiny_ref, whole, Settings(batch_size=20))
+    assert len(read_witness(run.job.path / "adapter_checkpoints" / "step-1" / "witness.json")) == 6
 
 
 def test_fp16_without_a_gpu_fails_the_job_with_what_to_change(tiny_base: Path, files: Path, tmp_path: Path) -> None:
