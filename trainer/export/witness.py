@@ -40,7 +40,6 @@ class Witness:
     def __init__(
         self,
         examples: Examples,
-        model: PeftModel,
         max_length: int,
         load_served: Callable[[], PreTrainedModel] | None = None,
         ranks: Ranks = ALONE,
@@ -49,7 +48,10 @@ class Witness:
         self._load_served = load_served
         self._ranks = ranks
         self._base: list[list[float]] | None = None
-        if load_served is None:
+
+    def see_base(self, model: PeftModel) -> None:
+        """Scores the base, once, where `model` has it; it may be at any time, since the adapter is left out."""
+        if self._base is None and self._load_served is None:
             self._base = self._score_base(model)
 
     def score(self, model: PeftModel, tensors: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
