@@ -42,7 +42,7 @@ from trainer.model import base_learning_rate, load_adapter, load_base
 from trainer.processes.distributed import ALONE, Ranks, route, shard_on_cpu
 from trainer.progress import Progress
 from trainer.scoring import Objective, Score
-from trainer.stopping import Paused
+from trainer.stopping import Diverged, Paused
 
 _OBJECTIVE_FILE = "objective.safetensors"
 _SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -102,10 +102,18 @@ def train(run: Run, progress: Progress) -> Path:
 
 
 def save_adapter(run: Run, witness: Witness, path: Path) -> None:
-    """Writes the adapter as it is now: all ranks score the witness and gather the tensors, the first one writes."""
+    """Writes the adapter as it is now: all ranks score the witness and gather the tensors, the first one writes.
+
+    Raises Diverged for weights that went off in the step before, whose loss nobody has seen.
+    """
     tensors = run.ranks.adapter(run.model)
     scored = witness.score(run.model, tensors)
     if run.ranks.is_first:
+        if not all(math.isfinite(value) for item in scored["items"] for value in item["tuned_logprobs"]):
+            raise Diverged(
+                "The tuned model gives its replies no finite probability: the last steps made its weights too large. "
+                "Set a lower learning_rate_multiplier"
+            )
         write_adapter(path, run.model, run.job, run.spec, scored, tensors)
 
 
@@ -134,7 +142,7 @@ class LoopTrainer(Trainer):
         width = None
         if run.arithmetic.flash_attention:  # it tells packed sequences apart in a single row only
             width = self.pass_size * _most_tokens(run.training)
-        return Batches(
+        batches = Batches(
             run.training,
             run.check.batch_size,
             self.pass_size,
@@ -144,6 +152,8 @@ class LoopTrainer(Trainer):
             rank=run.ranks.rank,
             world=run.ranks.world,
         )
+        self.progress.watch(run.training, batches.order.first_batch())
+        return batches
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()

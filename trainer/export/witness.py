@@ -19,7 +19,6 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel
 
-from gateway.chat.render import IGNORED
 from trainer.data.examples import Examples
 from trainer.model import load_adapter, wrap
 from trainer.processes.distributed import ALONE, Ranks
@@ -98,14 +97,8 @@ def _moved(model: PeftModel, base: PreTrainedModel, tensors: dict[str, torch.Ten
 def _choose(examples: Examples, prompt_limit: int) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, drawn ids), spread over the file; of the candidates, those with the shortest prompts."""
     step = max(1, len(examples) // _CANDIDATES)
-    found = [_first_reply(examples, number) for number in range(0, len(examples), step)]
+    found = [examples.first_reply(number) for number in range(0, len(examples), step)]
     pool = [token for _, reply in found for token in reply]
     prompts = sorted((prompt for prompt, _ in found if prompt), key=len)[:ITEMS]
     draw = random.Random(0)
     return [(prompt[: max(1, prompt_limit)], draw.choices(pool, k=TOKENS)) for prompt in prompts]
-
-
-def _first_reply(examples: Examples, conversation: int) -> tuple[list[int], list[int]]:
-    sequence = examples.sequences(conversation)[0]
-    first = next(place for place, label in enumerate(sequence.labels) if label != IGNORED)
-    return sequence.ids[:first], [label for label in sequence.labels if label != IGNORED]
