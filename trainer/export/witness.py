@@ -100,5 +100,7 @@ def _choose(examples: Examples, prompt_limit: int) -> list[tuple[list[int], list
     found = [examples.first_reply(number) for number in range(0, len(examples), step)]
     pool = [token for _, reply in found for token in reply]
     prompts = sorted((prompt for prompt, _ in found if prompt), key=len)[:ITEMS]
+    if not prompts:  # all of it is learnt (train_on "all"), or replies are so long that their prompts were cut away
+        prompts = [reply[:TOKENS] for _, reply in found[:ITEMS]]
     draw = random.Random(0)
     return [(prompt[: max(1, prompt_limit)], draw.choices(pool, k=TOKENS)) for prompt in prompts]
