@@ -21,7 +21,14 @@ import numpy as np
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback
 
 from gateway.jobdir import Check, JobDir, JobSpec, write_json
@@ -70,15 +77,14 @@ def train(run: Run, progress: Progress) -> Path:
     open_checkpoints(run.job)
     if run.ranks.world > 1:
         route(run.model)
-    began = time.monotonic()
-    witness = Witness(  # before the first step: the base's view of it
+    witness = Witness(
         run.validation or run.training,
-        run.model,
         run.spec.max_length,
         None if run.arithmetic.base_is_exact else run.load_served_base,
         run.ranks,
     )
-    progress.forecast.saved(time.monotonic() - began)
+    if run.ranks.world > 1:
+        witness.see_base(run.model)  # while each rank has all of it
     trainer = LoopTrainer(run, witness, progress)
     newest = newest_checkpoint(run.job)
     if newest is not None:
@@ -126,7 +132,7 @@ class LoopTrainer(Trainer):
             args=self._config(),
             train_dataset=range(len(run.training)),  # asked for; `get_train_dataloader` has the real one
             data_collator=lambda rows: rows,
-            callbacks=[progress],
+            callbacks=[progress, _BaseSeen(run.model, witness, progress)],
         )
         self.remove_callback(PrinterCallback)
         if self.args.activation_checkpointing:  # else nothing that goes into a frozen layer asks for a gradient
@@ -271,6 +277,20 @@ class LoopTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PeftModel | None = None) -> None:
         """Done before the model was wrapped: see `train`."""
+
+
+class _BaseSeen(TrainerCallback):
+    """Has the witness look at the base behind the first step, which then comes that much earlier."""
+
+    def __init__(self, model: PeftModel, witness: Witness, progress: Progress) -> None:
+        self._model, self._witness, self._progress = model, witness, progress
+        self._seen = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not self._seen:
+            self._seen, began = True, time.monotonic()
+            self._witness.see_base(self._model)
+            self._progress.forecast.saved(time.monotonic() - began)
 
 
 def _most_tokens(examples: Examples) -> int:

@@ -69,7 +69,7 @@ class Creation:
                 return _same(earlier, request)
         base = _tunable(self.catalog.base_for_tuning(request.model, project_id))
         inputs = await self.store.read(lambda connection: _find_inputs(connection, request, project_id))
-        start = await find_start(self.store, self.catalog, request.model, base)
+        start = await find_start(self.store, self.catalog, request.model, base, project_id)
         asked, places = request.how.options, request.how.places
         settled = await asyncio.to_thread(settle, asked, places, base, None if start is None else start.lora)
         job = _new_job(request, base, settled, start, idempotency_key, project_id)

@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 
 from gateway.engines.adapters import AdapterRejected, check_adapter
 from gateway.engines.catalog import Base, Catalog
-from gateway.errors import ModelNotFound, RequestError
+from gateway.errors import Forbidden, ModelNotFound, RequestError
 from gateway.jobdir import Lora, read_json
 from gateway.store import jobs as job_statements
 from gateway.store import models as model_statements
@@ -37,8 +37,8 @@ class Start:
         return {f"start/{name}": self.folder / name for name in START_FILES}
 
 
-async def find_start(store: Store, catalog: Catalog, name: str, base: Base) -> Start | None:
-    """None for a base. RequestError for a tuned model that cannot be trained further."""
+async def find_start(store: Store, catalog: Catalog, name: str, base: Base, project_id: str) -> Start | None:
+    """None for a base. RequestError for a tuned model that cannot be trained further, Forbidden for another project's."""
     if not catalog.is_tuned(name):
         return None
 
@@ -50,6 +50,10 @@ async def find_start(store: Store, catalog: Catalog, name: str, base: Base) -> S
         return row, row.base if job is None else job.named_base or job.model
 
     row, named_base = await store.read(read)
+    if (
+        row.project_id != project_id
+    ):  # it may ask the model; the adapter of a job that learns nothing would be that model's
+        raise Forbidden(f"'{name}' belongs to another project, which alone trains it further", param="model")
     folder = Path(row.adapter_path)
     lora = await asyncio.to_thread(_read_lora, folder, name, base)
     if row.template_digest != base.bundle.digest:

@@ -31,7 +31,7 @@ from gateway.store.jobs import Job, Progress
 
 logger = logging.getLogger("tunegate.jobs")
 
-POLL_S = 0.2
+POLL_S = 0.1
 END_GRACE_S = 5.0
 MAX_ATTEMPTS = 3  # trainers that end without a result and without a new checkpoint
 MAX_CONTENDED = 20
@@ -150,6 +150,9 @@ class Training:
         heard_at = time.monotonic()  # never the wall clock: it may jump
         try:
             while True:
+                if self._to_pause.is_set() != asked_to_pause:  # first: a trainer may tell more with each look
+                    asked_to_pause = self._to_pause.is_set()
+                    await asyncio.to_thread(_ask_to_pause, self._folder, asked_to_pause)
                 # In this order: what it wrote before it ended is read after it ended.
                 alive = not trainer.exited if trainer else await asyncio.to_thread(self._folder.is_locked)
                 if await self._store_progress():
@@ -157,9 +160,6 @@ class Training:
                     continue
                 if not alive:
                     break
-                if self._to_pause.is_set() != asked_to_pause:
-                    asked_to_pause = self._to_pause.is_set()
-                    await asyncio.to_thread(_ask_to_pause, self._folder, asked_to_pause)
                 if self._stop.is_set() and trainer is not None:
                     await trainer.end(END_GRACE_S)
                 elif trainer is not None and time.monotonic() - heard_at > self._hang_timeout_s:

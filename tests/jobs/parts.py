@@ -121,11 +121,11 @@ class Workshop:
 
     # what a client does
 
-    async def upload(self, content: bytes = LINES, purpose: str = "fine-tune") -> str:
+    async def upload(self, content: bytes = LINES, purpose: str = "fine-tune", project_id: str = "default") -> str:
         async with self.blobs.putting(content) as blob:
             file = await self.store.write(
                 lambda c: file_statements.insert_file(
-                    c, blob, filename="a.jsonl", purpose=purpose, created_at=int(time.time())
+                    c, blob, filename="a.jsonl", purpose=purpose, created_at=int(time.time()), project_id=project_id
                 )
             )
         return file.id

@@ -12,7 +12,7 @@ from gateway.bases import PreparedBase
 from gateway.chat.bundle import make_bundle
 from gateway.engines.catalog import TunedModel
 from gateway.engines.engine import Engine
-from gateway.errors import ModelNotFound, RequestError
+from gateway.errors import Forbidden, ModelNotFound, RequestError
 from gateway.store import models as model_statements
 from gateway.store.jobs import Job
 from tests.jobs.fake_trainer import Plan
@@ -127,6 +127,18 @@ async def test_only_a_model_that_is_whole_and_that_the_project_sees_is_trained_f
         with pytest.raises(RequestError, match="cannot be trained further: the adapter lacks"):
             await shop.supervisor.create(request, None, "default")
         assert len(list(shop.data_dir.jobs.iterdir())) == folders, "what was refused leaves no folder"
+
+
+async def test_a_project_that_may_ask_anothers_model_may_not_train_it_further(
+    tmp_path: Path, base: PreparedBase, engine: Engine, adapter: Path
+) -> None:
+    async with open_workshop(tmp_path, base, engine, Plan(adapter=str(adapter))) as shop:
+        model = await first_model(shop)
+        shop.catalog.show(model, frozenset({"default", "guest"}))  # as a permission does it
+        request = shop.request(model=model, training_file=await shop.upload(project_id="guest"))
+        with pytest.raises(Forbidden, match="belongs to another project, which alone trains it further") as error:
+            await shop.supervisor.create(request, None, "guest")
+        assert error.value.param == "model"
 
 
 async def test_a_model_from_elsewhere_is_trained_further_under_its_bases_name(

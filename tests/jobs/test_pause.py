@@ -44,6 +44,18 @@ async def test_a_running_job_stops_behind_its_next_step_and_goes_on_from_it(
         assert len({pid for pid, _, _ in shop.steps(job.id)}) == 2
 
 
+async def test_a_trainer_that_tells_more_with_each_look_is_paused_all_the_same(
+    tmp_path: Path, base: PreparedBase, engine: Engine, adapter: Path
+) -> None:
+    plan = Plan(adapter=str(adapter), steps=5000, step_s=0.001, checkpoint_every=5000)
+    async with open_workshop(tmp_path, base, engine, plan) as shop:
+        job = await shop.create()
+        await until(lambda: shop.steps(job.id))
+        await shop.supervisor.pause(job.id, "default")
+        await shop.wait_for(job.id, "queued")
+        assert len(shop.steps(job.id)) < 4000
+
+
 async def test_a_job_paused_before_it_runs_waits_and_another_passes_it(
     tmp_path: Path, base: PreparedBase, engine: Engine, adapter: Path
 ) -> None:

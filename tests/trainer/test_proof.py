@@ -22,6 +22,7 @@ from tests.tiny_model import write_tiny_model
 from tests.trainer.drawn import draw_examples
 from tests.trainer.runs import Settings, train_in_process
 from trainer.arithmetic import choose
+from trainer.data.examples import Examples
 from trainer.export.lora_gguf import write_lora_gguf
 from trainer.export.tensors import Layout
 from trainer.export.witness import Witness
@@ -85,6 +86,20 @@ async def test_what_was_trained_is_what_is_served(
     assert report.scale == pytest.approx(1, abs=0.05)
 
 
+async def test_examples_that_are_learnt_from_their_first_token_on_prove_as_much(
+    base: PreparedBase, engine: Engine, tmp_path: Path
+) -> None:
+    """train_on "all", or replies so long that nothing is left of their prompts."""
+    folder = train(base, tmp_path, "supervised", LORA, Options())
+    model = add_lora(load_base(reference_to(base)), LORA, seed=1, start=folder)
+    sequences = [replace(s, labels=s.ids) for s in draw_examples("supervised", 12).sequences(0)]
+    witness = Witness(Examples.of([sequences] * 12), model, max_length=256).score(model)
+    assert len(witness["items"]) == 6 and all(item["prompt_ids"] for item in witness["items"])
+    (folder / "witness.json").write_text(json.dumps(witness))
+    report = await engine.ensure_adapter(as_adapter(folder, "learnt whole"))
+    assert report is not None and report.effect > 6 * report.noise
+
+
 async def test_what_a_quantised_base_says_would_prove_nothing(
     base: PreparedBase, engine: Engine, tmp_path: Path
 ) -> None:
@@ -92,7 +107,7 @@ async def test_what_a_quantised_base_says_would_prove_nothing(
     folder = train(base, tmp_path, "supervised", LORA, Options(quantization="nf4"))
     quantised = load_base(reference_to(base), choose(Options(quantization="nf4")))
     model = add_lora(quantised, LORA, seed=1, start=folder)
-    witness = Witness(draw_examples("supervised", 12), model, max_length=256).score(model)
+    witness = Witness(draw_examples("supervised", 12), max_length=256).score(model)
     (folder / "witness.json").write_text(json.dumps(witness))
     with pytest.raises(WitnessMismatch, match="the base itself"):
         await engine.ensure_adapter(as_adapter(folder, "quantised"))

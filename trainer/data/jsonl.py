@@ -71,9 +71,10 @@ def _parse(number: int, content: bytes) -> Line | BadLine:
             text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_float, parse_int=_int
         )
     except json.JSONDecodeError as error:
+        what = error.msg.removesuffix(" at")  # some of Python's own end so
         return BadLine(
             number,
-            f"is not JSON: {error.msg} at column {error.colno}; each line must be one JSON object, or the file one JSON list",
+            f"is not JSON: {what} at column {error.colno}; each line must be one JSON object, or the file one JSON list",
         )
     except Malformed as error:
         return BadLine(number, str(error))

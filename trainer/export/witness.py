@@ -39,7 +39,6 @@ class Witness:
     def __init__(
         self,
         examples: Examples,
-        model: PeftModel,
         max_length: int,
         load_served: Callable[[], PreTrainedModel] | None = None,
         ranks: Ranks = ALONE,
@@ -48,7 +47,10 @@ class Witness:
         self._load_served = load_served
         self._ranks = ranks
         self._base: list[list[float]] | None = None
-        if load_served is None:
+
+    def see_base(self, model: PeftModel) -> None:
+        """Scores the base, once, where `model` has it; it may be at any time, since the adapter is left out."""
+        if self._base is None and self._load_served is None:
             self._base = self._score_base(model)
 
     def score(self, model: PeftModel, tensors: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
@@ -98,5 +100,7 @@ def _choose(examples: Examples, prompt_limit: int) -> list[tuple[list[int], list
     found = [examples.first_reply(number) for number in range(0, len(examples), step)]
     pool = [token for _, reply in found for token in reply]
     prompts = sorted((prompt for prompt, _ in found if prompt), key=len)[:ITEMS]
+    if not prompts:  # all of it is learnt (train_on "all"), or replies are so long that their prompts were cut away
+        prompts = [reply[:TOKENS] for _, reply in found[:ITEMS]]
     draw = random.Random(0)
     return [(prompt[: max(1, prompt_limit)], draw.choices(pool, k=TOKENS)) for prompt in prompts]
