@@ -21,7 +21,14 @@ import numpy as np
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback
 
 from gateway.jobdir import Check, JobDir, JobSpec, write_json
@@ -35,7 +42,7 @@ from trainer.model import base_learning_rate, load_adapter, load_base
 from trainer.processes.distributed import ALONE, Ranks, route, shard_on_cpu
 from trainer.progress import Progress
 from trainer.scoring import Objective, Score
-from trainer.stopping import Paused
+from trainer.stopping import Diverged, Paused
 
 _OBJECTIVE_FILE = "objective.safetensors"
 _SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -69,15 +76,14 @@ def train(run: Run, progress: Progress) -> Path:
     open_checkpoints(run.job)
     if run.ranks.world > 1:
         route(run.model)
-    began = time.monotonic()
-    witness = Witness(  # before the first step: the base's view of it
+    witness = Witness(
         run.validation or run.training,
-        run.model,
         run.spec.max_length,
         None if run.arithmetic.base_is_exact else run.load_served_base,
         run.ranks,
     )
-    progress.forecast.saved(time.monotonic() - began)
+    if run.ranks.world > 1:
+        witness.see_base(run.model)  # while each rank has all of it
     trainer = LoopTrainer(run, witness, progress)
     newest = newest_checkpoint(run.job)
     if newest is not None:
@@ -96,10 +102,18 @@ def train(run: Run, progress: Progress) -> Path:
 
 
 def save_adapter(run: Run, witness: Witness, path: Path) -> None:
-    """Writes the adapter as it is now: all ranks score the witness and gather the tensors, the first one writes."""
+    """Writes the adapter as it is now: all ranks score the witness and gather the tensors, the first one writes.
+
+    Raises Diverged for weights that went off in the step before, whose loss nobody has seen.
+    """
     tensors = run.ranks.adapter(run.model)
     scored = witness.score(run.model, tensors)
     if run.ranks.is_first:
+        if not all(math.isfinite(value) for item in scored["items"] for value in item["tuned_logprobs"]):
+            raise Diverged(
+                "The tuned model gives its replies no finite probability: the last steps made its weights too large. "
+                "Set a lower learning_rate_multiplier"
+            )
         write_adapter(path, run.model, run.job, run.spec, scored, tensors)
 
 
@@ -117,7 +131,7 @@ class LoopTrainer(Trainer):
             args=self._config(),
             train_dataset=range(len(run.training)),  # asked for; `get_train_dataloader` has the real one
             data_collator=lambda rows: rows,
-            callbacks=[progress],
+            callbacks=[progress, _BaseSeen(run.model, witness, progress)],
         )
         self.remove_callback(PrinterCallback)
         if self.args.activation_checkpointing:  # else nothing that goes into a frozen layer asks for a gradient
@@ -128,7 +142,7 @@ class LoopTrainer(Trainer):
         width = None
         if run.arithmetic.flash_attention:  # it tells packed sequences apart in a single row only
             width = self.pass_size * _most_tokens(run.training)
-        return Batches(
+        batches = Batches(
             run.training,
             run.check.batch_size,
             self.pass_size,
@@ -138,6 +152,8 @@ class LoopTrainer(Trainer):
             rank=run.ranks.rank,
             world=run.ranks.world,
         )
+        self.progress.watch(run.training, batches.order.first_batch())
+        return batches
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -260,6 +276,20 @@ class LoopTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PeftModel | None = None) -> None:
         """Done before the model was wrapped: see `train`."""
+
+
+class _BaseSeen(TrainerCallback):
+    """Has the witness look at the base behind the first step, which then comes that much earlier."""
+
+    def __init__(self, model: PeftModel, witness: Witness, progress: Progress) -> None:
+        self._model, self._witness, self._progress = model, witness, progress
+        self._seen = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not self._seen:
+            self._seen, began = True, time.monotonic()
+            self._witness.see_base(self._model)
+            self._progress.forecast.saved(time.monotonic() - began)
 
 
 def _most_tokens(examples: Examples) -> int:

@@ -71,6 +71,11 @@ class Progress(TrainerCallback):
         )
         self._began = self._saving = time.monotonic()
         self._foreseen_at = -math.inf
+        self._first_batch: tuple[Examples, list[int]] | None = None
+
+    def watch(self, training: Examples, first_batch: list[int]) -> None:
+        """Which conversations the first step trains on: measured again, they tell what training did to the model."""
+        self._first_batch = training, first_batch
 
     def tally(self, found: Score) -> None:
         """Counts one pass; a step has one or more."""
@@ -137,6 +142,8 @@ class Progress(TrainerCallback):
         )
         loss /= max(1, count)
         self._divergence.see(step, loss, self.gradient_norm)
+        if self._divergence.is_suspected and self._first_batch is not None:
+            self._divergence.judge(step, self._score(*self._first_batch)[0])
         self.forecast.stepped(time.monotonic() - self._began)
         self.is_listed = self._is_checkpoint(step) or step == total
         self.metrics = {
@@ -156,6 +163,8 @@ class Progress(TrainerCallback):
         self.paused = step < total and not self.stopping.is_over and self._is_pause_asked()
         control.should_save = self.is_listed or self.paused
         control.should_training_stop = step >= total or self.stopping.is_over or self.paused
+        if step >= total:
+            self._judge_end()
         self._saving = time.monotonic()
         self._foresee(step)
 
@@ -165,6 +174,13 @@ class Progress(TrainerCallback):
     def _is_pause_asked(self) -> bool:
         return self._job is not None and self._ranks.first_says(self._job.pause.exists())
 
+    def _judge_end(self) -> None:
+        """Tells of a model that is no better than before; of a checkpoint that was chosen as the best, validation tells."""
+        if self._first_batch is None or self.stopping.patience is not None:
+            return
+        if complaint := self._divergence.complaint(self._score(*self._first_batch)[0]):
+            self._events.write("message", complaint, level="warn")
+
     def _validate(self, step: int) -> dict[str, float]:
         if self._validation is None:
             return {}
@@ -173,30 +189,37 @@ class Progress(TrainerCallback):
         if self.is_listed or step % self._valid_every == 0:
             first, began = step * size, time.monotonic()
             numbers = [(first + offset) % len(self._validation) for offset in range(size)]
-            found |= self._measure("valid", numbers)
+            found |= self._measure(step, "valid", numbers)
             self.forecast.validated(time.monotonic() - began, size / len(self._validation))
         if self.is_listed:
             began = time.monotonic()
-            found |= self._measure("full_valid", list(range(len(self._validation))))
+            found |= self._measure(step, "full_valid", list(range(len(self._validation))))
             self.forecast.fully_validated(time.monotonic() - began)
             if self._tracking is not None:
                 self._tracking.on_evaluation(step)
         return found
 
-    def _measure(self, name: str, conversations: list[int]) -> dict[str, float]:
+    def _measure(self, step: int, name: str, conversations: list[int]) -> dict[str, float]:
         assert self._validation is not None
+        loss, accuracy = self._score(self._validation, conversations)
+        if not math.isfinite(loss):  # the weights went off in this very step, and nothing is trained on them any more
+            raise InvalidLoss(step, loss, "validation")
+        return {f"{name}_loss": loss, f"{name}_mean_token_accuracy": accuracy}
+
+    def _score(self, examples: Examples, conversations: list[int]) -> tuple[float, float]:
+        """Loss and accuracy of the model as it is now."""
         chunks = [conversations[start : start + 8] for start in range(0, len(conversations), 8)]
         sums: list[float] = []  # of each of this rank's chunks: loss, correct, count
         with evaluating(self._model):
             for number in self._ranks.share(len(chunks)):
-                batch = collate(self._validation, chunks[number or 0])
+                batch = collate(examples, chunks[number or 0])
                 batch = {name: tensor.to(self._model.device) for name, tensor in batch.items()}
                 found = self._ranks.inside(self._model, self._objective.score, self._model, batch)
                 sums += [0.0] * 3 if number is None else [float(found.loss), found.correct, found.count]
         ranks = self._ranks.each(sums)
         in_order = [row[place : place + 3] for place in range(0, len(sums), 3) for row in ranks]  # as one rank has them
         loss, correct, count = (sum(column) for column in zip(*in_order, strict=True))
-        return {f"{name}_loss": loss / max(1, count), f"{name}_mean_token_accuracy": correct / max(1, count)}
+        return loss / max(1, count), correct / max(1, count)
 
     def _foresee(self, step: int) -> None:
         left_s = self.forecast.seconds_left(step)

@@ -31,7 +31,7 @@ from gateway.store.jobs import Job, Progress
 
 logger = logging.getLogger("tunegate.jobs")
 
-POLL_S = 0.2
+POLL_S = 0.1
 END_GRACE_S = 5.0
 MAX_ATTEMPTS = 3  # trainers that end without a result and without a new checkpoint
 MAX_CONTENDED = 20

@@ -15,6 +15,7 @@ import io
 import json
 import math
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -27,9 +28,11 @@ from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
 
+from gateway.settings import DEMO_MODEL_PATH
+from tests.e2e.training import CHAT_TEMPLATE
 from tests.server import Server
 
-MODEL = "tunegate-demo"
+MODEL, TOOLS_MODEL = "tunegate-demo", "tunegate-tools"  # the latter has a template that can offer tools
 SCORED_LINES = 40
 LONGEST = 1023  # tokens that are scored of a sequence: the engine makes one more
 HELD_OUT = 0.1
@@ -43,12 +46,13 @@ class Source:
     file: str
     method: str = "supervised"
     validation: str | None = None
+    model: str = MODEL
 
 
 SOURCES = (
     Source("squad", "squad_messages_train.jsonl", validation="squad_messages_validation.jsonl"),
     Source("alpaca", "alpaca_en_demo.json"),
-    Source("tools", "glaive_toolcall_en_demo.json"),
+    Source("tools", "glaive_toolcall_en_demo.json", model=TOOLS_MODEL),
     Source("preferences", "dpo_en_demo.json", "dpo"),
 )
 
@@ -72,7 +76,7 @@ def main() -> int:
     table = Table("data", "lines", "shortened", "tokens", "job s", "held out", "base", "tuned")
     chosen = [source for source in SOURCES if not options.only or source.name in options.only]
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(Path(folder), settings=f'data = "{folder}/data"\n').start()
+        server = Server(Path(folder), settings=write_bases(Path(folder))).start()
         try:
             for source in chosen:
                 for row in measure(server, source, options):
@@ -81,6 +85,15 @@ def main() -> int:
             server.stop()
     console.print(table)
     return 0
+
+
+def write_bases(folder: Path) -> str:
+    """The settings of the demo model and of a copy of it that brings a chat template."""
+    copy = folder / "model"
+    shutil.copytree(DEMO_MODEL_PATH, copy, ignore=shutil.ignore_patterns("*.py", "README.md"))
+    (copy / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    bases = ((MODEL, DEMO_MODEL_PATH, "vicuna_v1.1"), (TOOLS_MODEL, copy, "model"))
+    return "".join(f'[bases.{name}]\npath = "{path}"\ntemplate = "{template}"\n' for name, path, template in bases)
 
 
 def measure(server: Server, source: Source, options: argparse.Namespace) -> list[tuple[Any, ...]]:
@@ -98,7 +111,7 @@ def measure(server: Server, source: Source, options: argparse.Namespace) -> list
         held_out = read_lines(options.data / source.validation)
     began = time.monotonic()
     job = client.fine_tuning.jobs.create(
-        model=MODEL,
+        model=source.model,
         training_file=upload(client, "training.jsonl", lines),
         validation_file=upload(client, "validation.jsonl", held_out),
         method={"type": source.method, source.method: {"hyperparameters": {"n_epochs": options.epochs}}},  # type: ignore[arg-type]
@@ -117,7 +130,7 @@ def measure(server: Server, source: Source, options: argparse.Namespace) -> list
     sample = previewed(server, held_out[:SCORED_LINES], source)
     base, tuned = (
         [[score(loose, model, sequence) for sequence in line["sequences"]] for line in sample]
-        for model in (MODEL, job.fine_tuned_model or "")
+        for model in (source.model, job.fine_tuned_model or "")
     )
     if source.method == "supervised":
         return [
@@ -148,7 +161,7 @@ def upload(client: OpenAI, name: str, lines: list[Any]) -> str:
 
 def previewed(server: Server, lines: list[Any], source: Source) -> list[dict[str, Any]]:
     """Each line as it is trained on, with its ids."""
-    asked = {"model": MODEL, "lines": lines, "limit": len(lines)}
+    asked = {"model": source.model, "lines": lines, "limit": len(lines)}
     answer = httpx.post(f"{server.base_url}/fine_tuning/preview", json=asked, timeout=300)
     assert answer.status_code == 200, answer.text
     return [line for line in answer.json()["data"] if "sequences" in line]

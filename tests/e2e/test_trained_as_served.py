@@ -19,32 +19,6 @@ from trainer.data.dataset import load_examples, read_bundle
 
 pytestmark = pytest.mark.timeout(1200)
 
-# In the manner of the reasoning models: a system text of its own, thoughts that only the last turn keeps, calls as JSON.
-CHAT_TEMPLATE = """\
-{%- set last = namespace(user=0) -%}
-{%- for m in messages if m.role == 'user' %}{% set last.user = messages.index(m) %}{% endfor -%}
-{{ bos_token }}{% if brief %}Be short.
-{% endif %}
-{%- if tools %}Functions:{% for tool in tools %} {{ tool.function.name }}{% endfor %}
-{% endif -%}
-{%- for m in messages -%}
-{%- if m.role == 'assistant' %}Answer:
-{%- if m.reasoning_content and loop.index0 > last.user %}<think>
-{{ m.reasoning_content }}
-</think>
-{%- endif %} {{ m.content or '' }}
-{%- for call in m.tool_calls or [] %}
-<tool_call>
-{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
-</tool_call>
-{%- endfor -%}
-{{ eos_token }}
-{%- else -%}
-{{ m.role | capitalize }}: {{ m.content }}
-{% endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt %}Answer:{% endif -%}
-"""
 REPLY = "gamma it is"
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 
@@ -55,7 +29,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("both")
     model = folder / "model"
     shutil.copytree(DEMO_MODEL_PATH, model, ignore=shutil.ignore_patterns("*.py", "README.md"))
-    (model / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    (model / "chat_template.jinja").write_text(training.CHAT_TEMPLATE)
     server = Server(
         folder,
         f'[bases.vicuna]\npath = "{DEMO_MODEL_PATH}"\ntemplate = "vicuna_v1.1"\n'

@@ -11,6 +11,33 @@ from openai.types.fine_tuning import FineTuningJob
 
 WORDS = "amber birch cedar delta ember fjord grove heath inlet jetty knoll larch marsh north orchard pine".split()
 
+# In the manner of the reasoning models: a system text of its own, thoughts that only the last turn keeps, calls as JSON.
+CHAT_TEMPLATE = """\
+{%- set last = namespace(user=0) -%}
+{%- for m in messages if m.role == 'user' %}{% set last.user = messages.index(m) %}{% endfor -%}
+{{ bos_token }}{% if brief %}Be short.
+{% endif %}
+{%- if tools %}Functions:{% for tool in tools %} {{ tool.function.name }}{% endfor %}
+{% endif -%}
+{%- for m in messages -%}
+{%- if m.role == 'assistant' %}Answer:
+{%- if m.reasoning_content and loop.index0 > last.user %}<think>
+{{ m.reasoning_content }}
+</think>
+{%- endif %} {{ m.content or '' }}
+{%- for call in m.tool_calls or [] %}
+<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>
+{%- endfor -%}
+{{ eos_token }}
+{%- else -%}
+{{ m.role | capitalize }}: {{ m.content }}
+{% endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}Answer:{% endif -%}
+"""
+
 
 def examples(prefix: str, count: int = 24) -> list[dict[str, Any]]:
     """Requests that are all to be answered `prefix` and the word that was asked about."""

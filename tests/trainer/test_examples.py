@@ -101,3 +101,14 @@ def test_a_file_with_a_problem_gets_no_examples(tiny_base: Path, files: Path, tm
     job = write_job(tmp_path / "job", tiny_base, path)
     assert run_check(job, job.read_spec()).error is not None
     assert list(job.examples.iterdir()) == []
+
+
+def test_the_first_reply_is_what_is_learnt_after_a_prompt_and_half_of_what_is_learnt_whole() -> None:
+    ids = [5, 6, 7, 8, 9, 10]
+    turns = TrainingSequence(ids, [IGNORED, IGNORED, 7, 8, IGNORED, 10])
+    examples = Examples.of([[turns], [TrainingSequence(ids, ids)], [TrainingSequence(ids, [IGNORED] * 5 + [10])]])
+    assert [examples.first_reply(number) for number in range(3)] == [
+        ([5, 6], [7, 8]),
+        ([5, 6, 7], [8, 9, 10]),
+        ([5, 6, 7, 8, 9], [10]),
+    ]

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import get_scheduler
 
+from gateway.engines.witness import read_witness
 from gateway.jobdir import BaseRef, Hyperparameters, JobDir, Lora, Options, Scheduler, read_events
 from tests.tiny_model import write_job
 from tests.trainer.conftest import run_trainer
@@ -54,6 +55,16 @@ def pair(number: int) -> dict[str, object]:
         "preferred_output": [{"role": "assistant", "content": f"note(text='{number}')"}],
         "non_preferred_output": [{"role": "assistant", "content": f"timer(minutes={number})"}],
     }
+
+
+def test_a_model_that_learnt_the_prompts_too_has_a_witness_with_prompts(
+    tiny_base: Path, files: Path, tmp_path: Path
+) -> None:
+    """Else the gateway could not tell whether an engine applies it, and would serve none of them."""
+    job = write_job(tmp_path / "job", tiny_base, files / "train.jsonl", options=Options(train_on="all"))
+    job.write_spec(replace(job.read_spec(), hyperparameters=Hyperparameters(n_epochs=1, batch_size=20)))
+    assert run_trainer(job).returncode == 0
+    assert len(read_witness(job.adapter / "witness.json")) == 6
 
 
 def test_fp16_without_a_gpu_fails_the_job_with_what_to_change(tiny_base: Path, files: Path, tmp_path: Path) -> None:

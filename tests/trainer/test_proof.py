@@ -107,7 +107,7 @@ async def test_what_a_quantised_base_says_would_prove_nothing(
     folder = train(base, tmp_path, "supervised", LORA, Options(quantization="nf4"))
     quantised = load_base(reference_to(base), choose(Options(quantization="nf4")))
     model = add_lora(quantised, LORA, seed=1, start=folder)
-    witness = Witness(draw_examples("supervised", 12), model, max_length=256).score(model)
+    witness = Witness(draw_examples("supervised", 12), max_length=256).score(model)
     (folder / "witness.json").write_text(json.dumps(witness))
     with pytest.raises(WitnessMismatch, match="the base itself"):
         await engine.ensure_adapter(as_adapter(folder, "quantised"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 
@@ -65,6 +66,43 @@ def test_a_loss_far_above_its_start_for_twenty_steps_is_one() -> None:
     ):
         for step in range(1, 100):
             divergence.see(step, 2.0 if step <= 10 else 9.0, 1.0)
+
+
+def test_a_collapse_within_the_first_steps_is_one_when_the_first_batch_itself_is_far_worse() -> None:
+    """As of a tuned model that is trained on: 0.3, and 7 from the third step on."""
+    divergence = Divergence()
+    for step in range(1, 22):
+        divergence.see(step, 0.3 if step <= 2 else 7.0, 1.0)
+        assert not divergence.is_suspected
+    divergence.see(22, 7.0, 1.0)
+    assert divergence.is_suspected
+    easy_first_batch = Divergence(**divergence.state())
+    easy_first_batch.judge(22, 0.2)  # the others are that much harder, and nothing is wrong
+    assert not easy_first_batch.is_suspected
+    with pytest.raises(Diverged, match=r"first step the loss was 0\.30 before training, and is 6\.50 at step 22"):
+        divergence.judge(22, 6.5)
+    with pytest.raises(Diverged, match="is nan at step 22"):
+        divergence.judge(22, math.nan)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (2.0, 1.9, None),
+        (2.0, 2.1, "made the model worse: .* was 2.0000 before training and is 2.1000 after it. Set a lower"),
+        (2.0, math.nan, "worse"),
+        (2.0, 1.9995, "learnt nothing: .* Set a higher"),
+        (0.02, 0.021, None),  # known by heart before
+        (0.02, 0.5, "worse"),
+    ],
+)
+def test_a_run_is_told_whether_it_got_anywhere_on_the_batch_of_its_first_step(
+    before: float, after: float, said: str | None
+) -> None:
+    divergence = Divergence()
+    divergence.see(1, before, 1.0)
+    complaint = divergence.complaint(after)
+    assert (complaint is None) if said is None else (complaint is not None and re.search(said, complaint))
 
 
 @pytest.mark.parametrize("norm", [math.inf, math.nan])

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from gateway.engines.adapters import check_adapter
-from gateway.jobdir import ADAPTER_FILES, LOCKED_EXIT_CODE, Event, Hyperparameters, JobDir, read_events
+from gateway.jobdir import ADAPTER_FILES, LOCKED_EXIT_CODE, Event, Hyperparameters, JobDir, Options, read_events
 from tests.tiny_model import write_job
 from tests.trainer.conftest import folder_bytes, new_job, run_trainer
 from trainer.__main__ import _explained
@@ -107,6 +107,68 @@ def test_a_second_trainer_does_nothing(tiny_base: Path, files: Path, tmp_path: P
         assert run_trainer(job, *arguments).returncode == LOCKED_EXIT_CODE
     os.close(lock)
     assert job.read_check() is None and job.read_result() is None and not job.attempts.exists()
+
+
+def tuned_further(folder: Path, base: Path, files: Path, tuned: JobDir, hyperparameters: Hyperparameters) -> JobDir:
+    """A job that goes on from another's adapter."""
+    job = write_job(folder, base, files / "train.jsonl", hyperparameters=hyperparameters)
+    job.write_spec(replace(job.read_spec(), starts_from="ft:tiny"))
+    job.start.mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(tuned.adapter / name, job.start / name)
+    return job
+
+
+@pytest.mark.parametrize(
+    ("multiplier", "n_epochs", "said"),
+    [(50.0, 2, "Training has made the model worse"), (1e-6, 1, "The model has learnt nothing")],
+)
+def test_a_job_that_got_nowhere_succeeds_with_a_warning(
+    finished_job: JobDir, tiny_base: Path, files: Path, tmp_path: Path, multiplier: float, n_epochs: int, said: str
+) -> None:
+    """Of a model that knew something; the job that taught it that had no complaint."""
+    asked = Hyperparameters(n_epochs, batch_size=8, learning_rate_multiplier=multiplier)
+    job = tuned_further(tmp_path / "job", tiny_base, files, finished_job, asked)
+    done = run_trainer(job)
+    result = job.read_result()
+    assert result is not None and result.status == "succeeded", (result, done.stderr)
+    (warning,) = [event.message for event in events_of(job) if event.level == "warn"]
+    assert warning.startswith(said) and "learning_rate_multiplier" in warning
+    assert not [event for event in events_of(finished_job) if event.level == "warn"]
+
+
+def test_a_job_that_collapses_within_its_first_steps_has_diverged(
+    finished_job: JobDir, tiny_base: Path, files: Path, tmp_path: Path
+) -> None:
+    """What it settles at is no higher than the mean of its first ten steps; than its first step it is."""
+    asked = Hyperparameters(n_epochs=12, batch_size=8, learning_rate_multiplier=50.0)
+    job = tuned_further(tmp_path / "job", tiny_base, files, finished_job, asked)
+    assert run_trainer(job).returncode == 0
+    result = job.read_result()
+    assert result is not None and result.error is not None
+    assert result.error.code == "training_diverged" and "on the examples of the first step" in result.error.message
+    losses = [event.data["train_loss"] for event in events_of(job) if event.type == "metrics"]
+    assert len(losses) < 60 and losses[-1] < 1.5 * sum(losses[:10]) / 10
+
+
+@pytest.mark.parametrize(("validated", "code"), [(True, "invalid_loss"), (False, "training_diverged")])
+def test_a_last_step_that_spoils_the_weights_fails_the_job(
+    tiny_base: Path, files: Path, tmp_path: Path, validated: bool, code: str
+) -> None:
+    """No later step has a loss to tell of it: the validation has, and without one the adapter's own witness."""
+    job = write_job(
+        tmp_path / "job",
+        tiny_base,
+        files / "train.jsonl",
+        validation=files / "valid.jsonl" if validated else None,
+        hyperparameters=Hyperparameters(n_epochs=1, batch_size=40, learning_rate_multiplier=1e30),
+        options=Options(scheduler="constant", warmup_ratio=0.0),
+    )
+    assert run_trainer(job).returncode == 0
+    result = job.read_result()
+    assert result is not None and result.error is not None
+    assert result.error.code == code and "learning_rate_multiplier" in result.error.message
+    assert not [event for event in events_of(job) if event.type == "checkpoint"] and not job.adapter.exists()
 
 
 def test_a_loss_that_is_no_number_fails_the_job(tiny_base: Path, files: Path, tmp_path: Path) -> None:

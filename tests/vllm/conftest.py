@@ -16,7 +16,7 @@ from gateway.bases import HF_TYPE, PreparedBase, prepare
 from gateway.engines.engine import Engine
 from gateway.settings import DEMO_MODEL_PATH
 from tests.e2e import training
-from tests.e2e.test_trained_as_served import CHAT_TEMPLATE
+from tests.e2e.training import CHAT_TEMPLATE
 from tests.server import Server
 from tests.vllm.starting import SLOTS, VARIABLES, attached, killed_gateway_vllm
 

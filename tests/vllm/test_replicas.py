@@ -61,7 +61,7 @@ async def test_one_of_two_is_killed_under_load_and_nobody_fails_who_had_not_begu
                     extra_body={"ignore_eos": True},
                 )
                 async for chunk in stream:
-                    begun = begun or bool(chunk.choices and chunk.choices[0].delta.content)
+                    begun = begun or bool(chunk.choices)  # its first event, which may hold no text yet
                 outcomes["whole"] += 1
             except APIStatusError as error:
                 outcomes[f"refused: {error.status_code} {error.message}"] += 1

@@ -119,18 +119,22 @@ class EpochOrder(Sampler[list[int]]):
         return full * self._count_passes(self.batch_size) + self._count_passes(short)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in self._batches():
+        for batch in self._batches(self.epoch):
             share = batch[self.rank :: self.world]  # of like length on all ranks: a batch is sorted
             for number in range(self._count_passes(len(batch))):
                 start = number * self.pass_size
                 yield share[start : start + self.pass_size] or [batch[0] + len(self.lengths)]
 
+    def first_batch(self) -> list[int]:
+        """What the first step of all trains on, on all ranks together."""
+        return self._batches(epoch=0)[0]
+
     def _count_passes(self, size: int) -> int:
         """How many passes a batch of `size` conversations takes, the same on every rank."""
         return math.ceil(math.ceil(size / self.world) / self.pass_size)
 
-    def _batches(self) -> list[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+    def _batches(self, epoch: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         stretch = self.batch_size * _BATCHES_SORTED_TOGETHER
         order = [

@@ -96,6 +96,14 @@ class Examples:
             for ids, trained in self.spans(conversation)
         ]
 
+    def first_reply(self, conversation: int) -> tuple[list[int], list[int]]:
+        """Ids of a prompt and of what is learnt after it, up to what is not: of one that is learnt whole, its two halves."""
+        ids, trained = self.spans(conversation)[0]
+        first = int(trained.argmax()) or len(ids) // 2
+        rest = trained[first:]
+        last = len(ids) if rest.all() else first + int(rest.argmin())
+        return ids[:first].tolist(), ids[first:last].tolist()
+
     def lengths(self) -> array[int]:
         """The longest sequence of each conversation."""
         found = array("q")

@@ -19,7 +19,6 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel
 
-from gateway.chat.render import IGNORED
 from trainer.data.examples import Examples
 from trainer.model import load_adapter, wrap
 from trainer.processes.distributed import ALONE, Ranks
@@ -40,7 +39,6 @@ class Witness:
     def __init__(
         self,
         examples: Examples,
-        model: PeftModel,
         max_length: int,
         load_served: Callable[[], PreTrainedModel] | None = None,
         ranks: Ranks = ALONE,
@@ -49,7 +47,10 @@ class Witness:
         self._load_served = load_served
         self._ranks = ranks
         self._base: list[list[float]] | None = None
-        if load_served is None:
+
+    def see_base(self, model: PeftModel) -> None:
+        """Scores the base, once, where `model` has it; it may be at any time, since the adapter is left out."""
+        if self._base is None and self._load_served is None:
             self._base = self._score_base(model)
 
     def score(self, model: PeftModel, tensors: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
@@ -96,16 +97,10 @@ def _moved(model: PeftModel, base: PreTrainedModel, tensors: dict[str, torch.Ten
 def _choose(examples: Examples, prompt_limit: int) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, drawn ids), spread over the file; of the candidates, those with the shortest prompts."""
     step = max(1, len(examples) // _CANDIDATES)
-    found = [_first_reply(examples, number) for number in range(0, len(examples), step)]
+    found = [examples.first_reply(number) for number in range(0, len(examples), step)]
     pool = [token for _, reply in found for token in reply]
     prompts = sorted((prompt for prompt, _ in found if prompt), key=len)[:ITEMS]
     if not prompts:  # all of it is learnt (train_on "all"), or replies are so long that their prompts were cut away
         prompts = [reply[:TOKENS] for _, reply in found[:ITEMS]]
     draw = random.Random(0)
     return [(prompt[: max(1, prompt_limit)], draw.choices(pool, k=TOKENS)) for prompt in prompts]
-
-
-def _first_reply(examples: Examples, conversation: int) -> tuple[list[int], list[int]]:
-    sequence = examples.sequences(conversation)[0]
-    first = next(place for place, label in enumerate(sequence.labels) if label != IGNORED)
-    return sequence.ids[:first], [label for label in sequence.labels if label != IGNORED]

@@ -16,7 +16,6 @@ import torch
 from peft import PeftModel
 
 from gateway.chat.bundle import Bundle
-from gateway.chat.render import IGNORED
 from gateway.jobdir import Prediction
 from trainer.data.examples import Examples
 from trainer.scoring import evaluating
@@ -66,7 +65,7 @@ class Samples:
             pad_token_id=0,
         )[0, ids.shape[1] :].tolist()
         prompt = self._text(question.prompt, self._bundle.tokenizer.prefix_ids)
-        return Prediction(step, prompt, self._reply(question.expected), self._reply(answer))
+        return Prediction(step, prompt, self._reply(question.expected[:MAX_TOKENS]), self._reply(answer))
 
     def _reply(self, ids: list[int]) -> str:
         """A reply's text, up to what ends it."""
@@ -84,16 +83,6 @@ class Samples:
 def _choose(validation: Examples, count: int) -> list[_Question]:
     """Spread over the file; of each conversation its first reply."""
     step = max(1, len(validation) // _CANDIDATES)
-    found = [_question(validation, number) for number in range(0, len(validation), step)]
+    found = [_Question(*validation.first_reply(number)) for number in range(0, len(validation), step)]
     fitting = [question for question in found if 0 < len(question.prompt) <= _PROMPT_TOKENS]
     return fitting[:: max(1, len(fitting) // count)][:count]
-
-
-def _question(validation: Examples, conversation: int) -> _Question:
-    sequence = validation.sequences(conversation)[0]
-    labels = sequence.labels
-    first = next((place for place, label in enumerate(labels) if label != IGNORED), len(labels))
-    last = next((place for place in range(first, len(labels)) if labels[place] == IGNORED), len(labels))
-    if first <= 1:  # all of it is learnt: the second half is asked for
-        first = len(labels) // 2
-    return _Question(sequence.ids[:first], sequence.ids[first : min(last, first + MAX_TOKENS)])

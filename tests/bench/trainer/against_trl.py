@@ -134,7 +134,7 @@ def our_trainer(job: JobDir, model: Any, examples: Any) -> Any:
         check = run_check(job, spec)
     progress = Progress(EventLog(job.events_path(1)), check, model, None, set(), Supervised())
     run = Run(job, spec, check, model, examples, None, Supervised())
-    return LoopTrainer(run, Witness(examples, model, spec.max_length), progress)
+    return LoopTrainer(run, Witness(examples, spec.max_length), progress)
 
 
 def plain_trainer(job: JobDir, model: Any, examples: Any) -> Any:
