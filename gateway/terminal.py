@@ -142,17 +142,18 @@ def _draw_summary(console: Console, preview: Mapping[str, Any]) -> None:
         )
     if summary["n_truncated"]:
         console.print(
-            Text(f"{summary['n_truncated']} examples are too long and are shortened from their start", "yellow")
+            Text(f"too long, and shortened from their start: {_of(summary['n_truncated'], 'example')}", "yellow")
         )
     if summary["n_problems"]:
-        console.print(Text(f"{summary['n_problems']} lines cannot be used: a job on this file would fail", "bold red"))
+        unusable = _of(summary["n_problems"], "line")
+        console.print(Text(f"{unusable} cannot be used: a job on this file would fail", "bold red"))
     elif summary["error"]:
         console.print(Text(summary["error"], "bold red"))
     else:
         console.print(
             Text(
-                f"a job would take {summary['total_steps']} steps: {summary['n_epochs']} epochs, "
-                f"{summary['batch_size']} examples a step"
+                f"a job with the method {summary['method']} would take {_of(summary['total_steps'], 'step')}: "
+                f"{_of(summary['n_epochs'], 'epoch')}, {_of(summary['batch_size'], 'example')} a step"
             )
         )
 
@@ -160,6 +161,10 @@ def _draw_summary(console: Console, preview: Mapping[str, Any]) -> None:
 def is_usable(preview: Mapping[str, Any]) -> bool:
     """Whether a job on the file would pass its check, as far as it was read."""
     return not preview["summary"]["n_problems"] and not preview["summary"]["error"]
+
+
+def _of(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _counted(counts: Mapping[str, Any]) -> str:

@@ -183,7 +183,7 @@ def test_the_command_shows_the_same_with_and_without_a_server_and_leaves_no_file
     asked = cli(str(file), "--model", BASE, "--base-url", server.base_url)
     assert asked.returncode == 0, asked.stderr
     assert "⟦" in asked.stdout and "timer(minutes=5)</s>⟧" in asked.stdout
-    assert "12 examples" in asked.stdout and "a job would take" in asked.stdout
+    assert "12 examples" in asked.stdout and "a job with the method supervised would take" in asked.stdout
     assert len(list(server.client().files.list())) == before
     local = cli(str(file), "--model", BASE, "--data", str(server.data))
     assert (local.returncode, local.stdout) == (0, asked.stdout)
@@ -195,6 +195,7 @@ def test_the_command_ends_with_1_when_a_job_would_fail_and_with_2_when_it_cannot
     bad = write_lines(tmp_path / "bad.jsonl", GOOD, "{")
     found = cli(str(bad), "--model", BASE, "--data", str(server.data))
     assert found.returncode == 1 and "line 2: is not JSON" in found.stdout
+    assert "\n1 line cannot be used: a job on this file would fail" in found.stdout
     nobody = cli(str(bad), "--model", BASE, "--base-url", "http://127.0.0.1:1")
     assert nobody.returncode == 2 and "cannot reach" in nobody.stderr
     unknown = cli(str(bad), "--model", "gpt-9", "--base-url", server.base_url)
@@ -218,7 +219,7 @@ def test_in_colour_trained_text_stands_out_and_control_characters_of_the_file_st
         "data": [{"line": 1, **counts, "sequences": [{"runs": runs, **counts}]}],
         "summary": counts
         | {"form": None, "n_examples": 1, "n_truncated": 0, "n_problems": 0, "complete": True, "error": None}
-        | {"total_steps": 1, "n_epochs": 1, "batch_size": 1},
+        | {"method": "supervised", "total_steps": 1, "n_epochs": 1, "batch_size": 1},
     }
     screen = io.StringIO()
     draw_preview(Console(file=screen, force_terminal=True, color_system="standard", highlight=False), shown)

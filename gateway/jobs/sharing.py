@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Literal
 
@@ -46,10 +46,10 @@ class Sharing:
         self._changing = asyncio.Lock()
 
     @asynccontextmanager
-    async def training(self, tell: Tell, stop: asyncio.Event) -> AsyncIterator[None]:
-        """The GPU is as the policy has it. `stop` ends the waiting; what is told becomes events of the job."""
+    async def training(self, tell: Tell, *ends: asyncio.Event) -> AsyncIterator[None]:
+        """The GPU is as the policy has it. Any of `ends` ends the waiting; what is told becomes events of the job."""
         if self._policy == "wait":
-            await self._until_idle(tell, stop)
+            await self._until_idle(tell, ends)
         if self._policy != "sleep":
             yield
             return
@@ -79,9 +79,9 @@ class Sharing:
             except StoreUnavailable as error:
                 logger.warning("an event of a job could not be written: %s", error.message)
 
-    async def _until_idle(self, tell: Tell, stop: asyncio.Event) -> None:
+    async def _until_idle(self, tell: Tell, ends: Sequence[asyncio.Event]) -> None:
         told = False
-        while not stop.is_set():
+        while not any(end.is_set() for end in ends):
             pools = list(self._pools())
             now = time.monotonic()
             if all(not pool.uses and now - pool.used_at >= self._idle_s for pool in pools):

@@ -351,7 +351,7 @@ class Supervisor:
             pause=drive.pause,
         )
         try:
-            async with self._sharing.training(lambda text, level: self._tell(job, text, level), stop):
+            async with self._sharing.training(lambda text, level: self._tell(job, text, level), stop, drive.pause):
                 result = await training.run()
         except JobPaused as paused:
             step = paused.step

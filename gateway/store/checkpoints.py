@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, insert, select, update
+from sqlalchemy import Connection, RowMapping, exists, insert, select, update
 
 from gateway.store.ids import new_id
 from gateway.store.pages import Order, Page, select_page
 from gateway.store.tables import checkpoints as _checkpoints
+from gateway.store.tables import models as _models
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,15 @@ def store_checkpoint(connection: Connection, job_id: str, project_id: str, check
 def select_checkpoint_page(
     connection: Connection, job_id: str, *, limit: int, after: str | None = None, order: Order = "desc"
 ) -> Page[Checkpoint]:
-    """Checkpoints, newest first unless `order` is "asc"."""
-    page = select_page(connection, _checkpoints, _checkpoints.c.job_id == job_id, limit=limit, after=after, order=order)
+    """Checkpoints, newest first unless `order` is "asc"; without those whose models were there and are deleted."""
+    model = (_models.c.project_id == _checkpoints.c.project_id, _models.c.name == _checkpoints.c.name)
+    where = (_checkpoints.c.job_id == job_id, ~exists().where(*model, _models.c.deleted_at.is_not(None)))
+    page = select_page(connection, _checkpoints, *where, limit=limit, after=after, order=order)
     return Page([_checkpoint(row) for row in page.items], page.has_more)
 
 
 def select_checkpoints(connection: Connection, job_id: str) -> list[Checkpoint]:
-    """The checkpoints of a job by step."""
+    """All checkpoints that a job ever had, by step."""
     statement = select(_checkpoints).where(_checkpoints.c.job_id == job_id).order_by(_checkpoints.c.step_number)
     return [_checkpoint(row) for row in connection.execute(statement).mappings()]
 

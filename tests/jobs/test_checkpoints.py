@@ -16,6 +16,7 @@ from gateway.engines.first_use import NotServable
 from gateway.errors import EngineUnavailable, ModelNotFound
 from gateway.jobs.names import checkpoint_name
 from gateway.jobs.sweeping import sweep_deleted
+from gateway.store.checkpoints import select_checkpoint_page
 from tests.engines.parts import as_adapter as adapter_in
 from tests.engines.parts import with_other_weights
 from tests.jobs.fake_trainer import Plan
@@ -81,6 +82,10 @@ async def test_the_last_three_are_kept_and_those_before_go_in_good_order(
         ended = await shop.wait_for(job.id, "succeeded")
         assert await listed(shop, job.id) == [3, 4, 5]
         assert [c.step_number for c in await shop.checkpoints(ended.id)] == [1, 2, 3, 4, 5]
+        page = await shop.store.read(lambda c: select_checkpoint_page(c, ended.id, limit=2))
+        assert ([c.step_number for c in page.items], page.has_more) == ([5, 4], True)
+        page = await shop.store.read(lambda c: select_checkpoint_page(c, ended.id, limit=2, after=page.items[-1].id))
+        assert ([c.step_number for c in page.items], page.has_more) == ([3], False), "a client is told what it can ask"
         for gone in names[:2]:
             with pytest.raises(ModelNotFound):
                 await shop.ask(gone)

@@ -9,6 +9,7 @@ import pytest
 
 from gateway.bases import PreparedBase
 from gateway.engines.engine import Engine
+from gateway.jobs.sharing import Sharing
 from tests.jobs.fake_trainer import Plan
 from tests.jobs.parts import open_workshop, until
 
@@ -68,6 +69,23 @@ async def test_a_job_paused_before_it_runs_waits_and_another_passes_it(
         await shop.supervisor.resume(first.id, "default")
         ended = await shop.wait_for(first.id, "succeeded")
         assert (await shop.supervisor.pause(first.id, "default")).status == ended.status, "what is over stays as it is"
+
+
+async def test_a_job_that_waits_until_nobody_is_answered_is_paused_at_once(
+    tmp_path: Path, base: PreparedBase, engine: Engine, adapter: Path
+) -> None:
+    async with open_workshop(tmp_path, base, engine, Plan(adapter=str(adapter))) as shop:
+        shop.supervisor._sharing = Sharing("wait", lambda: [shop.pool], idle_s=0.0)
+        shop.pool.uses += 1  # a reply that does not end
+        job = await shop.create()
+        await shop.wait_for(job.id, "running")
+        await shop.supervisor.pause(job.id, "default")
+        await shop.wait_for(job.id, "queued")
+        assert (await shop.messages(job.id))[-1].startswith("The job is paused before its first step; ")
+        assert shop.steps(job.id) == []
+        shop.pool.uses -= 1
+        await shop.supervisor.resume(job.id, "default")
+        await shop.wait_for(job.id, "succeeded")
 
 
 async def test_a_paused_job_can_be_cancelled(tmp_path: Path, base: PreparedBase, engine: Engine, adapter: Path) -> None:

@@ -54,7 +54,7 @@ def test_a_job_succeeds_and_its_model_answers_as_it_was_taught(
     assert chunks[-1].usage is not None
     job = next(job for job in client.fine_tuning.jobs.list() if job.fine_tuned_model == model)
     checkpoints = client.fine_tuning.jobs.checkpoints.list(job.id).data
-    assert len(checkpoints) == 4
+    assert len(checkpoints) == 3, "of four: the last ones"
     assert training.ask(client, checkpoints[0].fine_tuned_model_checkpoint, QUESTION)
     manifest = next((server.data / "adapters").glob("*/manifest.json"))
     assert "adapter.gguf" not in json.loads(manifest.read_bytes())["files"], "vLLM has no use for it"
