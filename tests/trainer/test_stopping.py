@@ -57,6 +57,7 @@ def test_what_is_no_divergence_ends_no_run(losses: list[float]) -> None:
     divergence = Divergence()
     for step, loss in enumerate(losses, start=1):
         divergence.see(step, loss, 1.0)
+    assert divergence.above < 20
 
 
 def test_a_loss_far_above_its_start_for_twenty_steps_is_one() -> None:
