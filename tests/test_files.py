@@ -39,11 +39,22 @@ LINES = b'{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant",
 
 
 @dataclass
+class Jobs:
+    """In the supervisor's place: how often it was told that a job may come."""
+
+    foreseen: int = 0
+
+    def foresee(self) -> None:
+        self.foreseen += 1
+
+
+@dataclass
 class Server:
     url: str
     store: Store
     blobs: Blobs
     loop: asyncio.AbstractEventLoop
+    jobs: Jobs
 
     @property
     def client(self) -> openai.OpenAI:
@@ -85,13 +96,14 @@ def serve(data: Path) -> Iterator[Server]:
     app.state.store, app.state.blobs = store, blobs
     app.state.exports = Exports(store, blobs, data / "exports")
     app.state.settings = Settings(limits=LimitSettings(file_bytes=LIMIT_BYTES))
+    app.state.supervisor = jobs = Jobs()
     listener = socket.create_server(("127.0.0.1", 0))
     uvicorn_server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_until_complete, args=(uvicorn_server.serve([listener]),))
     thread.start()
     try:
-        yield Server(f"http://127.0.0.1:{listener.getsockname()[1]}", store, blobs, loop)
+        yield Server(f"http://127.0.0.1:{listener.getsockname()[1]}", store, blobs, loop, jobs)
     finally:
         uvicorn_server.should_exit = True
         thread.join()
@@ -205,6 +217,12 @@ def test_a_file_is_hidden_once_it_expires_and_its_bytes_go(server: Server) -> No
         assert blob.exists()
         client.files.create(file=("b.txt", b"another"), purpose="user_data")
         assert not blob.exists()
+
+
+def test_a_training_file_says_that_a_job_may_come(server: Server) -> None:
+    for purpose, foreseen in (("batch", 0), ("fine-tune", 1), ("evals", 1)):
+        assert server.post(form(FILE, ('name="purpose"', purpose.encode()))).status_code == 200
+        assert server.jobs.foreseen == foreseen
 
 
 def test_a_key_whose_file_was_deleted_makes_another(server: Server) -> None:

@@ -93,10 +93,10 @@ def test_what_setup_asks_for_by_version_is_pinned() -> None:
     [
         ("gateway", ("trace",)),  # imported where it is configured only
         ("gateway/llama_worker", ("llama",)),
-        ("trainer", ("llama", "train")),
+        ("trainer", ("llama", "train", "quantize", "track", "deepspeed")),  # those where a job asks for them
         ("clients", ("dev",)),
         ("deploy", ("llama", "train", "dev")),
-        ("tests", ("llama", "train", "dev")),
+        ("tests", ("llama", "train", "quantize", "track", "dev")),
     ],
 )
 def test_every_library_that_is_imported_is_declared_in_pyproject(folder: str, extras: tuple[str, ...]) -> None:
