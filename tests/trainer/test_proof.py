@@ -93,7 +93,7 @@ async def test_examples_that_are_learnt_from_their_first_token_on_prove_as_much(
     folder = train(base, tmp_path, "supervised", LORA, Options())
     model = add_lora(load_base(reference_to(base)), LORA, seed=1, start=folder)
     sequences = [replace(s, labels=s.ids) for s in draw_examples("supervised", 12).sequences(0)]
-    witness = Witness(Examples.of([sequences] * 12), model, max_length=256).score(model)
+    witness = Witness(Examples.of([sequences] * 12), max_length=256).score(model)
     assert len(witness["items"]) == 6 and all(item["prompt_ids"] for item in witness["items"])
     (folder / "witness.json").write_text(json.dumps(witness))
     report = await engine.ensure_adapter(as_adapter(folder, "learnt whole"))
