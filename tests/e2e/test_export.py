@@ -15,7 +15,6 @@ from openai.types import FileObject
 from safetensors.numpy import load, load_file
 
 from tests.e2e import training
-from tests.e2e.test_adapters_from_elsewhere import wait_listed
 from tests.server import ROOT, Server
 
 pytestmark = pytest.mark.timeout(600)
@@ -32,17 +31,22 @@ def test_a_merged_q4_0_file_is_served_as_a_base_of_its_own_and_answers_as_the_tu
     server: Server, tuned: dict[str, str], tmp_path: Path
 ) -> None:
     model = tuned["alpha"]
+    (tmp_path / "merged").mkdir()
+    done = tunegate(server, "export", model, "--to", "gguf", "--type", "q4_0", "--out", str(tmp_path / "merged"))
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "merged").iterdir()
+    assert file.name.startswith("ft-tunegate-demo-") and file.name.endswith(".q4_0.gguf")
+    assert "42 of 42 weights are other than the base's" in done.stdout
+    other = Server(tmp_path / "other")
+    added = tunegate(other, "models", "add", str(file), "--name", "merged")
+    assert added.returncode == 0, added.stderr
+    questions = [f"What is {word} {number}?" for number, word in enumerate(training.WORDS[:6])]
+    try:
+        with other.start().client() as client:
+            answers = [training.ask(client, "merged", question) for question in questions]
+    finally:
+        other.stop()
     with server.client() as client:
-        done = tunegate(server, "export", model, "--to", "gguf", "--type", "q4_0", "--out", str(tmp_path))
-        assert done.returncode == 0, done.stderr
-        (file,) = tmp_path.iterdir()
-        assert file.name.startswith("ft-tunegate-demo-") and file.name.endswith(".q4_0.gguf")
-        assert "42 of 42 weights are other than the base's" in done.stdout
-        added = tunegate(server, "models", "add", str(file), "--name", "merged")
-        assert added.returncode == 0, added.stderr
-        wait_listed(client, server, "merged")
-        questions = [f"What is {word} {number}?" for number, word in enumerate(training.WORDS[:6])]
-        answers = [training.ask(client, "merged", question) for question in questions]
         tuned_answers = [training.ask(client, model, question) for question in questions]
         assert all(answer.startswith("alpha") for answer in answers)
         # What q4_0 rounds away may cost a later word.
