@@ -42,6 +42,19 @@ def run(command: list[str], server: Server) -> str:
     return finished.stdout
 
 
+def options_of(*command: str) -> set[str]:
+    """What `tunegate COMMAND --help` lists, but for itself."""
+    help_text = subprocess.run(
+        [sys.executable, "-m", "gateway", *command, "--help"],
+        env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    return set(re.findall(r"--[a-z-]+", help_text)) - {"--help"}
+
+
 def on(server: Server, text: str) -> str:
     """The TEXT's text with the port that the test's server has."""
     return text.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}")
@@ -77,43 +90,17 @@ def _anchor(heading: str) -> str:
 
 def test_the_options_of_serve_are_those_the_readme_lists() -> None:
     (line,) = re.findall(r"`tunegate serve (\[.*?)`", TEXT, re.DOTALL)
-    help_text = subprocess.run(
-        [sys.executable, "-m", "gateway", "serve", "--help"],
-        env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    options = set(re.findall(r"--[a-z-]+", help_text)) - {"--help"}
-    assert set(re.findall(r"--[a-z-]+", line)) == options
+    assert set(re.findall(r"--[a-z-]+", line)) == options_of("serve")
 
 
 def test_the_options_of_models_add_are_those_the_readme_lists() -> None:
     line = " ".join(re.findall(r"^tunegate models add .*$", TEXT, re.MULTILINE))
-    help_text = subprocess.run(
-        [sys.executable, "-m", "gateway", "models", "add", "--help"],
-        env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    everywhere = {"--help", "--data", "--config"}
-    assert set(re.findall(r"--[a-z-]+", line)) == set(re.findall(r"--[a-z-]+", help_text)) - everywhere
+    assert set(re.findall(r"--[a-z-]+", line)) == options_of("models", "add") - {"--data", "--config"}
 
 
 def test_the_options_of_export_are_those_the_readme_lists() -> None:
     (line,) = re.findall(r"^tunegate export .*$", TEXT, re.MULTILINE)
-    help_text = subprocess.run(
-        [sys.executable, "-m", "gateway", "export", "--help"],
-        env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert set(re.findall(r"--[a-z-]+", line)) == set(re.findall(r"--[a-z-]+", help_text)) - {"--help"}
+    assert set(re.findall(r"--[a-z-]+", line)) == options_of("export")
 
 
 @pytest.mark.parametrize("number", range(len(code_blocks("sh"))))

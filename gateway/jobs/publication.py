@@ -34,7 +34,7 @@ from gateway.store import models as model_statements
 from gateway.store.blobs import BlobRef, Blobs
 from gateway.store.database import Store
 from gateway.store.events import Event, Level, NewEvent
-from gateway.store.files import insert_file
+from gateway.store.files import RESULT_PURPOSE, insert_file
 from gateway.store.jobs import Job
 
 logger = logging.getLogger("tunegate.jobs")
@@ -44,7 +44,6 @@ T = TypeVar("T")
 ENGINE_WAIT_S = 900.0
 ENGINE_RETRY_S = 2.0
 RESULT_FILENAME = "step_metrics.csv"
-RESULT_PURPOSE = "fine-tune-results"
 RESULT_COLUMNS = {
     "step": "step",
     "train_loss": "train_loss",
