@@ -68,3 +68,4 @@ def test_jobs_succeed_with_a_standby_and_without_and_none_is_left_behind_by_a_ki
     last = standby_of(server, other_than=second)
     server.kill()
     until_gone(last)
+    server.start()  # it takes the engine over, and ends it when it is stopped
