@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,18 @@ if TYPE_CHECKING:
     from gateway.engines.control import EngineControl
 
 LLAMA_COMMAND = (sys.executable, "-m", "gateway.llama_worker")
+
+
+def huge_pages(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variable that has glibc ask for huge pages, unless `environment` has a wish of its own.
+
+    A step streams all weights, and with small pages it waits for their addresses (5 to 12% of it). glibc reads this when a
+    process starts, so the worker cannot do it for itself; another C library ignores it.
+    """
+    tunables = environment.get("GLIBC_TUNABLES", "")
+    if "glibc.malloc.hugetlb" in tunables:
+        return {}
+    return {"GLIBC_TUNABLES": f"{tunables}:glibc.malloc.hugetlb=1".removeprefix(":")}
 
 
 @dataclass(frozen=True)
@@ -59,7 +72,7 @@ class LlamaLaunch:
         return argv
 
     def environment(self, key: str) -> Mapping[str, str]:
-        return {}
+        return huge_pages(os.environ)
 
     async def greet(self, control: EngineControl, timeout_s: float) -> dict[str, Any]:
         version = await control.version(timeout_s)

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from gateway.engines.llama_launch import huge_pages
 from tests.bench.llama_worker import build
 from tests.llama_worker.running import KEY, RunningWorker
 
@@ -107,14 +108,16 @@ class Ours(Server):
         arguments += ["--max-adapters", str(in_memory)]
         arguments += ["--threads", str(setting.threads)]
         arguments += ["--fastest"] if setting.flash_attention else []
-        self.worker = RunningWorker(folder / "tunegate", setting.model, *arguments)
+        environment = huge_pages(os.environ)  # as the gateway starts it
+        self.worker = RunningWorker(folder / "tunegate", setting.model, *arguments, environment=environment)
         try:
             self.worker.wait_ready()
         except BaseException:
             self.worker.close()
             raise
         self.port = self.worker.ready()["port"]
-        self.command = ["python", "-m", "gateway.llama_worker", *arguments]
+        self.command = [*(f"{name}={value}" for name, value in environment.items())]
+        self.command += ["python", "-m", "gateway.llama_worker", *arguments]
         for index, path in enumerate(setting.adapters):
             self.worker.load(f"adapter-{index}", path.parent).raise_for_status()
 
