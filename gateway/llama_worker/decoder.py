@@ -39,7 +39,7 @@ class Decoder:
         adapter = self._adapters.forms(entry).for_decoding if entry else None
         changed = adapter is not self._context.adapter
         self._context.use_adapter(adapter)
-        logits, seconds = self._run("decode", ids, positions, places, [True] * len(ids))
+        logits, seconds = self._run("decode", ids, positions, places, None)
         if changed:
             self._first_after_change = (len(ids), seconds)
         elif self._first_after_change:
@@ -50,10 +50,10 @@ class Decoder:
         return logits
 
     def _run(
-        self, kind: str, ids: list[int], positions: list[int], places: list[int], wanted: list[bool]
+        self, kind: str, ids: list[int], positions: list[int], places: list[int], wanted: list[bool] | None
     ) -> tuple[Floats, float]:
         started = time.perf_counter()
         logits = self._context.decode(ids, positions, places, wanted)
         seconds = time.perf_counter() - started
-        self._metrics.step_seconds[kind].observe(seconds)
+        self._metrics.steps.observe(kind, seconds)
         return logits, seconds

@@ -20,6 +20,11 @@ import numpy.typing as npt
 
 log = logging.getLogger(__name__)
 
+# Where the logits are, as a number: the binding's own pointer object costs ten times the call. It holds the GIL; it is brief.
+_logits_address = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(
+    ctypes.cast(llama.llama_get_logits, ctypes.c_void_p).value or 0
+)
+
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -172,9 +177,9 @@ class Context:
         self.context = int(llama.llama_n_ctx_seq(self.pointer))
 
     def decode(
-        self, ids: Sequence[int], positions: Sequence[int], sequences: Sequence[int], wanted: Sequence[bool]
+        self, ids: Sequence[int], positions: Sequence[int], sequences: Sequence[int], wanted: Sequence[bool] | None
     ) -> Floats:
-        """Runs one batch and returns the logits of the wanted rows, in order: (wanted, vocab).
+        """Runs one batch and returns the logits of the wanted rows (None: of all), in order: (wanted, vocab).
 
         The array is a view of llama.cpp's buffer: it holds until the next decode.
         """
@@ -182,14 +187,14 @@ class Context:
         self._ids[:count] = ids
         self._positions[:count] = positions
         self._sequences[:count] = sequences
-        self._wanted[:count] = wanted
+        self._wanted[:count] = True if wanted is None else wanted
         self._batch.n_tokens = count
         before = time.thread_time()
         status = llama.llama_decode(self.pointer, self._batch)
         self.native_cpu_s += time.thread_time() - before
         if status:
             raise NativeError(f"llama_decode returned {status}: {self._model._log.take_errors()}")
-        rows = int(np.count_nonzero(self._wanted[:count]))
+        rows = count if wanted is None else sum(wanted)
         if not rows:
             return np.empty((0, self._model.vocab_size), dtype=np.float32)
         return self._buffer()[:rows]
@@ -246,10 +251,10 @@ class Context:
             self.pointer = None
 
     def _buffer(self) -> Floats:
-        pointer = llama.llama_get_logits(self.pointer)
-        address = ctypes.addressof(pointer.contents)
+        address = _logits_address(self.pointer)
         if self._logits is None or self._logits[0] != address:  # llama.cpp moves it when more rows are asked for
             rows = max(self.size.batch, self.size.sequences)
+            pointer = llama.llama_get_logits(self.pointer)
             self._logits = address, np.ctypeslib.as_array(pointer, shape=(rows, self._model.vocab_size))
         return self._logits[1]
 

@@ -7,10 +7,9 @@ llama.cpp computes neighbours in one pass; what a sequence gets does not depend 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
-
-import numpy as np
 
 from gateway.errors import RequestError, TunegateError
 from gateway.llama_worker.decoder import Decoder
@@ -57,6 +56,10 @@ class Running:
         """How long the sequences of `group` have waited for their next token."""
         return time.monotonic() - self._stepped_at[group]
 
+    def under_way(self, group: int) -> bool:
+        """Whether a sequence of `group` has more than its first token."""
+        return any(sequence.generated > 1 for sequence in self._groups[group])
+
     def generations(self) -> Iterator[Generation]:
         """Each once."""
         yield from dict.fromkeys(sequence.generation for sequence in self)
@@ -77,7 +80,7 @@ class Running:
         self._stepped_at.setdefault(generation.group, time.monotonic())
         self._metrics.generated_tokens.inc(len(generation.sequences))
         for sequence in list(generation.sequences):
-            self._advance(sequence, logits)
+            self._advance(sequence, logits, int(logits.argmax()))
 
     def step(self, group: int) -> None:
         """One token for every sequence of `group`. NativeError concerns them all."""
@@ -91,9 +94,9 @@ class Running:
                 [sequence.place for sequence in part],
             )
             self._metrics.generated_tokens.inc(len(part))
-            for row, sequence in enumerate(part):
+            for sequence, row, likeliest in zip(part, logits, logits.argmax(axis=1).tolist(), strict=True):
                 sequence.position += 1
-                self._advance(sequence, logits[row])
+                self._advance(sequence, row, likeliest)
             waiting = [sequence for sequence in waiting if not sequence.generation.over]
         if group in self._stepped_at:  # it is not, when its last sequence has ended
             self._stepped_at[group] = time.monotonic()
@@ -124,12 +127,12 @@ class Running:
         if not group:
             del self._groups[sequence.generation.group], self._stepped_at[sequence.generation.group]
 
-    def _advance(self, sequence: Sequence, logits: Floats) -> None:
+    def _advance(self, sequence: Sequence, logits: Floats, likeliest: int) -> None:
+        # Everything here is met cold, once a step and row: the weights have gone through the caches in between.
         generation = sequence.generation
         if generation.over:
             return
-        likeliest = int(logits.argmax())  # a NaN counts as the largest
-        if not np.isfinite(logits[likeliest]):
+        if not math.isfinite(logits.item(likeliest)):  # to argmax a NaN is the largest
             name = generation.request.model
             self._fail(generation, TunegateError(f"The model {name!r} produced logits that are not finite numbers."))
             return
