@@ -1,29 +1,40 @@
-"""An adapter's file in the two forms in which its numbers do not depend on how many sequences share a step.
+"""An adapter in the form in which its numbers do not depend on how many sequences share a step.
 
 ggml multiplies one row by a dot product and several rows by tinyBLAS, which sum in different orders; the tiny difference
-flips roundings of the quantised activations that follow and ends as logits some 1e-1 apart. A prompt chunk has several
-rows always, so the file as it is will do: the prompt form. A decode step has one row or several, as the load has it:
-the decode form keeps tinyBLAS away. That declines a matrix whose inner size is not a multiple of its vector and whose outer
-size is not one of 4, so one zero row on a rank that 4 divides does it. llama.cpp scales by alpha / rank: B makes up for
-the longer rank.
+flips roundings of the quantised activations that follow and ends as logits some 1e-1 apart. Two forms avoid that:
 
-What it costs, rank 16 on all projections of a 200M-parameter model: decode steps of two sequences or more 8% (200 against
-216 tokens/s at eight), one alone nothing. Prompts through the decode form would lose 19% (388 against 480 tokens/s), so
-they get the other; the price is a second copy in memory.
+- eight bits (Q8_0), under quantised weights, for prompts and decode steps alike: the two kernels sum the same blocks in the
+  same order. Activations are rounded to eight bits, as they are before all the other weights, and the rank is filled up
+  with zeros to a whole block;
+- an odd rank, under weights that are not quantised, where eight bits would be the coarsest thing in the model, and for decode
+  steps alone, since a prompt chunk has several rows always: tinyBLAS declines a matrix whose inner size is not a multiple of
+  its vector and whose outer size is not one of 4, so one zero row on a rank that 4 divides keeps it away. Prompts would lose
+  a fifth of their speed, so they get the file as it is.
 
-Making the decode form takes as long as several steps, so another thread does it and the loop only has llama.cpp load it. That
-must be the loop's own thread: llama.cpp counts the adapters of a model whenever a decode follows a change of adapters, and
-writes to the same set when it loads or frees one. It takes 5 to 8 ms for rank 16 on a 200M-parameter model, 30 to 40 ms for 1B,
-about as long as a step takes there.
+llama.cpp scales by alpha / rank: B makes up for the longer rank.
+
+What they cost, rank 16 on all projections of a 200M-parameter q4_0 model, two cores, ms a decode step of 1 and of 8
+sequences: the base alone 7.4 and 35.7, the file as it is 9.7 and 38.9, eight bits 9.3 and 38.7, the odd rank 9.8 and 43.6
+(with rank 32 10.7 and 53.0). What eight bits change, beside the same weights and adapter in f32 (mean error of a
+log-probability; `python -m tests.bench.llama_worker.bits`): 0.0233 as it is and 0.0234 with an adapter that moves them by 0.33,
+0.0246 and 0.0267 with one that moves them by 0.93; the base alone 0.0234.
+
+Making a form takes as long as several steps (0.1 s there), so another thread does it and the loop only has llama.cpp load it.
+That must be the loop's own thread: llama.cpp counts the adapters of a model whenever a decode follows a change of adapters,
+and writes to the same set when it loads or frees one. It takes 5 to 8 ms for a file of rank 16 on a 200M-parameter model, 30
+to 40 ms for 1B, about as long as a step takes there.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
+from collections.abc import Mapping
 from concurrent.futures import Executor, Future
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import gguf
 import numpy as np
@@ -31,46 +42,62 @@ import numpy.typing as npt
 
 from gateway.errors import TunegateError
 from gateway.llama_worker.native import Adapter, Model, NativeError
+from gateway.llama_worker.steady import AdapterForm
 
 log = logging.getLogger(__name__)
 
 READ_BYTES = 1 << 20
+EIGHT_BITS = gguf.GGMLQuantizationType.Q8_0
+LARGEST_B = 1024.0
+BLOCK, BLOCK_BYTES = gguf.GGML_QUANT_SIZES[EIGHT_BITS]
 PLAIN_TYPES = {gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16}
 
 
-class Forms:
-    """One adapter in memory: the prompt form at once, the decode form when it is first asked for."""
+@dataclass(frozen=True)
+class ReadFile:
+    """An adapter's file as it was when it was read, and the file of the form that was made of it, if one was."""
 
-    def __init__(self, model: Model, path: Path, two: bool = True) -> None:
-        """NativeError when llama.cpp refuses the file, OSError when it cannot be read. Without `two` one form serves both."""
+    identity: tuple[int, ...]
+    made: bytes | None
+
+
+class Forms:
+    """One adapter in memory."""
+
+    def __init__(self, model: Model, path: Path, kind: AdapterForm, made: bytes | None = None) -> None:
+        """`made` is of eight bits, where that is the kind and it could be made; without it the file serves as it is.
+
+        NativeError when llama.cpp refuses the file, OSError when it cannot be read.
+        """
         self._model = model
         self._path = path
         self._identity = identity(path)
-        self.for_prompts = model.load_adapter(path)
-        self._for_decoding: Adapter | None = None if two else self.for_prompts
-        self._padding: Future[int | None] | None = None
+        self.for_prompts = model.load_adapter(path) if made is None else self._load(made)
+        self._for_decoding: Adapter | None = None if kind is AdapterForm.ODD_RANK else self.for_prompts
+        self._making: Future[bytes | None] | None = None
 
     def prepare(self, thread: Executor) -> None:
-        """Begins to make the decode form's file on another thread, where that was not done yet."""
-        if self._for_decoding is None and self._padding is None:
-            self._padding = thread.submit(_padded_file, self._path, self._identity)
+        """Begins to make the decode form on another thread, where there is to be one and that was not done yet."""
+        if self._for_decoding is None and self._making is None:
+            self._making = thread.submit(_form, self._path, self._identity, AdapterForm.ODD_RANK)
 
     @property
     def prepared(self) -> bool:
         """Whether `for_decoding` has nothing to wait for."""
-        return self._padding is None or self._padding.done()
+        return self._making is None or self._making.done()
 
     @property
     def for_decoding(self) -> Adapter:
         """The form for steps of one row a sequence; TunegateError when the file is gone or another."""
         if self._for_decoding is None:
             try:
-                padded = self._padding.result() if self._padding else _padded_file(self._path, self._identity)
-                self._for_decoding = self._load(padded) if padded is not None else self.for_prompts
+                making = self._making
+                made = making.result() if making else _form(self._path, self._identity, AdapterForm.ODD_RANK)
+                self._for_decoding = self.for_prompts if made is None else self._load(made)
             except (NativeError, OSError, ValueError, LookupError) as error:
                 raise TunegateError(f"The adapter's file {self._path} cannot be read again: {error}") from None
             finally:
-                self._padding = None
+                self._making = None
         return self._for_decoding
 
     def owns(self, adapter: Adapter | None) -> bool:
@@ -82,14 +109,30 @@ class Forms:
         self.for_prompts.close()  # closing twice is harmless, where one form serves both
         if self._for_decoding is not None:
             self._for_decoding.close()
-        if self._padding is not None:
-            self._padding.add_done_callback(_forget)
 
-    def _load(self, padded: int) -> Adapter:
-        try:
-            return self._model.load_adapter(Path(f"/proc/self/fd/{padded}"))
-        finally:
-            os.close(padded)
+    def _load(self, made: bytes) -> Adapter:
+        with _in_memory() as file:
+            file.write(made)
+            file.flush()
+            return self._model.load_adapter(Path(f"/proc/self/fd/{file.fileno()}"))
+
+
+def read(path: Path, kind: AdapterForm) -> ReadFile:
+    """Has the system read a whole file, so that whoever opens it next need not wait for a disk, and makes its form. OSError.
+
+    For any thread. A file that no form can be made of is left to llama.cpp, which says what is wrong with it.
+    """
+    known = identity(path)
+    with path.open("rb", buffering=0) as file:
+        while file.read(READ_BYTES):
+            pass
+    if kind is not AdapterForm.EIGHT_BITS:
+        return ReadFile(known, None)
+    try:
+        return ReadFile(known, _form(path, known, kind))
+    except Exception as error:  # whatever a file of somebody else's leads gguf to
+        log.warning("%s is used as it is, since it cannot be brought to eight bits: %r", path, error)
+        return ReadFile(known, None)
 
 
 def identity(path: Path) -> tuple[int, ...]:
@@ -98,15 +141,8 @@ def identity(path: Path) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def read_through(path: Path) -> None:
-    """Has the system read a whole file, so that whoever opens it next need not wait for a disk; OSError."""
-    with path.open("rb", buffering=0) as file:
-        while file.read(READ_BYTES):
-            pass
-
-
-def _padded_file(path: Path, known: tuple[int, ...]) -> int | None:
-    """The decode form as an open file in memory, or None where the file itself will do or cannot be padded. For any thread."""
+def _form(path: Path, known: tuple[int, ...], kind: AdapterForm) -> bytes | None:
+    """The form as a file's content, or None where the file itself will do or cannot be changed. For any thread."""
     if identity(path) != known:
         raise TunegateError(f"The adapter's file {path} has changed since it was loaded.")
     reader = gguf.GGUFReader(path)
@@ -117,42 +153,72 @@ def _padded_file(path: Path, known: tuple[int, ...]) -> int | None:
         )
         return None
     alpha = _field(reader, "adapter.lora.alpha", 0.0)
-    target = os.memfd_create("adapter", os.MFD_CLOEXEC)  # in memory: nothing is left behind by a kill
-    try:
-        writer = gguf.GGUFWriter(f"/proc/self/fd/{target}", _field(reader, "general.architecture", ""))
+    raised = _exponent(tensors) if kind is AdapterForm.EIGHT_BITS and alpha else 0
+    with _in_memory() as file:
+        writer = gguf.GGUFWriter(f"/proc/self/fd/{file.fileno()}", _field(reader, "general.architecture", ""))
         writer.add_string("general.type", "adapter")
         writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", alpha)
+        writer.add_float32("adapter.lora.alpha", alpha * 2.0**-raised)
         for name, tensor in tensors.items():
             values = np.asarray(tensor.data)
             if name.endswith((".lora_a", ".lora_b")):
-                values = _pad(name, values, scaled_by_rank=alpha != 0)
-            writer.add_tensor(name, values)
+                values = _with_rank(name, values, kind, scaled_by_rank=alpha != 0)
+            if name.endswith(".lora_b"):
+                values *= np.float32(2.0**raised)
+            if kind is AdapterForm.EIGHT_BITS and _is_factor(name) and values.shape[1] % BLOCK == 0:
+                writer.add_tensor(name, _eight_bits(values), raw_dtype=EIGHT_BITS)
+            else:
+                writer.add_tensor(name, values)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-    except BaseException:
-        os.close(target)
-        raise
-    return target
+        return file.read()
 
 
-def _forget(padding: Future[int | None]) -> None:
-    if padding.exception() is None and (padded := padding.result()) is not None:
-        os.close(padded)
+def _in_memory() -> BinaryIO:
+    """A file without a name: nothing is left behind by a kill."""
+    return os.fdopen(os.memfd_create("adapter", os.MFD_CLOEXEC), "w+b")
 
 
-def _pad(name: str, values: npt.NDArray[np.float32 | np.float16], scaled_by_rank: bool) -> npt.NDArray[np.float32]:
+def _eight_bits(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """Rows of Q8_0 blocks: a 16-bit float that a block is multiplied by, and its 32 numbers.
+
+    gguf's own does the same and takes 0.3 s for an adapter for which this takes some 0.05.
+    """
+    blocks = values.reshape(-1, BLOCK)
+    scales = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
+    packed = np.empty((len(blocks), BLOCK_BYTES), dtype=np.uint8)
+    packed[:, :2] = scales.astype(np.float16).view(np.uint8)
+    with np.errstate(invalid="ignore"):  # of a NaN, which its scale tells
+        whole = np.rint(blocks / np.where(scales > 0, scales, 1))
+        packed[:, 2:] = whole.astype(np.int8).view(np.uint8)
+    return packed.reshape(len(values), -1)
+
+
+def _exponent(tensors: Mapping[str, Any]) -> int:
+    """By which power of two B is multiplied: a block's scale is a 16-bit float, too coarse for a B that is hardly trained."""
+    largest = max(
+        (float(np.abs(each.data).max()) for name, each in tensors.items() if name.endswith(".lora_b")), default=0
+    )
+    return math.floor(math.log2(LARGEST_B / largest)) if 0 < largest < math.inf else 0
+
+
+def _is_factor(name: str) -> bool:
+    """Whether a tensor is multiplied by activations: all but the A of the token embedding, whose rows are looked up."""
+    return name.endswith((".lora_a", ".lora_b")) and name != "token_embd.weight.lora_a"
+
+
+def _with_rank(
+    name: str, values: npt.NDArray[np.float32 | np.float16], kind: AdapterForm, scaled_by_rank: bool
+) -> npt.NDArray[np.float32]:
     # A is (rank, in) and B (out, rank), but for the token embedding, where A is (vocab, rank).
     axis = 0 if name.endswith(".lora_a") and not name.startswith("token_embd.") else 1
     rank = values.shape[axis]
-    padded = values.astype(np.float32)
-    if rank % 4:
-        return padded
-    padded = np.pad(padded, [(0, 1 if index == axis else 0) for index in range(2)])
+    more = -rank % BLOCK if kind is AdapterForm.EIGHT_BITS else int(rank % 4 == 0)
+    padded = np.pad(values.astype(np.float32), [(0, more if index == axis else 0) for index in range(2)])
     if name.endswith(".lora_b") and scaled_by_rank:
-        padded *= np.float32((rank + 1) / rank)
+        padded *= np.float32((rank + more) / rank)
     return padded
 
 

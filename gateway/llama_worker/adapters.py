@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gateway.errors import NotFound, RequestError, TunegateError
-from gateway.llama_worker.adapter_forms import Forms, identity, read_through
+from gateway.llama_worker.adapter_forms import Forms, ReadFile, identity, read
 from gateway.llama_worker.native import Context, Model, NativeError
+from gateway.llama_worker.steady import AdapterForm
 
 log = logging.getLogger(__name__)
 
@@ -40,16 +41,16 @@ class Registered:
 class Adapters:
     """Registers adapters for one model and has them in memory when they are needed."""
 
-    def __init__(self, model: Model, served_name: str, limit: int, two_forms: bool = True) -> None:
+    def __init__(self, model: Model, served_name: str, limit: int, form: AdapterForm) -> None:
         self._model = model
         self._served_name = served_name
         self._limit = limit
-        self._two_forms = two_forms
+        self._form = form
         self._serials = itertools.count(1)
         self._registered: dict[str, Registered] = {}
         self._leaving: dict[str, Registered] = {}
         self._in_memory: OrderedDict[int, Forms] = OrderedDict()  # by serial, the least recently used first
-        self._reading: dict[int, Future[None]] = {}  # of files that are asked for and not in memory
+        self._reading: dict[int, Future[ReadFile | None]] = {}  # of files that are asked for and not in memory
         self._thread = ThreadPoolExecutor(1, "adapters")
 
     def names(self) -> dict[str, Path]:
@@ -67,12 +68,14 @@ class Adapters:
         """How many are in memory."""
         return len(self._in_memory)
 
-    def read(self, directory: str | None) -> Future[None]:
-        """Reads the file that `load` will want, so that the loop need not wait for a disk. For any thread."""
-        return self._thread.submit(_read, directory)
+    def read(self, directory: str | None) -> Future[ReadFile | None]:
+        """Reads the file that `load` will want, so that the loop need not wait; None where that fails. For any thread."""
+        return self._thread.submit(_read, directory, self._form)
 
-    def load(self, name: str, directory: str | None, context: Context, used: Collection[int]) -> None:
-        """Registers DIRECTORY/adapter.gguf as `name` once llama.cpp has taken it.
+    def load(
+        self, name: str, directory: str | None, read: ReadFile | None, context: Context, used: Collection[int]
+    ) -> None:
+        """Registers DIRECTORY/adapter.gguf, which was `read`, as `name` once llama.cpp has taken it.
 
         RequestError (400), or NotFound when there is no such file. It stays in memory if there is room beside those `used`.
         """
@@ -83,7 +86,9 @@ class Adapters:
         path = _adapter_path(directory)
         try:
             known = identity(path)
-            forms = Forms(self._model, path, self._two_forms)
+            if read is None or read.identity != known:
+                raise RequestError(f"{path} changed while it was loaded; load it again.", param="lora_path")
+            forms = Forms(self._model, path, self._form, read.made)
         except (NativeError, OSError) as error:
             raise RequestError(f"llama.cpp refused {path}: {error}", param="lora_path") from None
         entry = Registered(name, next(self._serials), path, known)
@@ -105,17 +110,19 @@ class Adapters:
             return True
         reading = self._reading.get(entry.serial)
         if reading is None:
-            reading = self._reading[entry.serial] = self._thread.submit(_read, str(entry.path.parent))
+            reading = self._reading[entry.serial] = self.read(str(entry.path.parent))
         if not reading.done() or not self._make_room(context, used):
             return False
         del self._reading[entry.serial]
         try:
-            if identity(entry.path) != entry.identity:
+            read = reading.result()
+            if read is None or read.identity != entry.identity:
+                entry.path.stat()  # OSError where it is gone
                 raise TunegateError(
                     f"The file of adapter {entry.name!r}, {entry.path}, has changed since it was loaded; a name means one "
                     "adapter for as long as it is loaded. Unload it and load the new file under another name."
                 )
-            forms = Forms(self._model, entry.path, self._two_forms)
+            forms = Forms(self._model, entry.path, self._form, read.made)
         except (NativeError, OSError) as error:
             raise TunegateError(f"Adapter {entry.name!r} cannot be loaded again from {entry.path}: {error}") from None
         self._in_memory[entry.serial] = forms
@@ -173,9 +180,10 @@ class Adapters:
         forms.close()
 
 
-def _read(directory: str | None) -> None:
-    with contextlib.suppress(OSError, RequestError):  # whoever loads it says what is wrong
-        read_through(_adapter_path(directory))
+def _read(directory: str | None, form: AdapterForm) -> ReadFile | None:
+    with contextlib.suppress(OSError, RequestError, NotFound):  # whoever loads it says what is wrong
+        return read(_adapter_path(directory), form)
+    return None
 
 
 def _adapter_path(directory: str | None) -> Path:

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from gateway.errors import EngineUnavailable, ModelNotFound, TunegateError
+from gateway.llama_worker.adapter_forms import ReadFile
 from gateway.llama_worker.adapters import Adapters, Registered
 from gateway.llama_worker.decoder import Decoder
 from gateway.llama_worker.filling import Filling
@@ -35,8 +36,9 @@ log = logging.getLogger(__name__)
 Reply = Callable[[TunegateError | None], None]
 
 # How long running sequences wait while there are several prompts: those that came together then run together. A step of few
-# rows costs nearly as much as one of many (8 rows 26 ms and 16 rows 31 ms without their logits, at 200M parameters).
-PATIENCE_S = 0.2
+# rows costs nearly as much as one of many (8 rows 26 ms and 16 rows 31 ms without their logits, at 200M parameters). Where
+# none of them has more than its first token, nobody has seen them run yet.
+PATIENCE_S, FIRST_PATIENCE_S = 0.2, 2.0
 FAILURES_IN_A_ROW = 3  # then the process gives up: a fresh one is the better cure
 LONGEST_RETRY_AFTER_S = 60
 MOST_OVERTAKING = 32  # requests that may pass one whose adapter cannot be had yet
@@ -93,8 +95,9 @@ class Scheduler:
 
     def load(self, name: str, directory: str | None, reply: Reply) -> None:
         """Registers an adapter between two rounds, one a round; `reply` is called on the loop's thread."""
-        steps = self._load(name, directory)
-        self._adapters.read(directory).add_done_callback(lambda _: self.attend(steps, reply))
+        self._adapters.read(directory).add_done_callback(
+            lambda done: self.attend(self._load(name, directory, done.result()), reply)
+        )
 
     def unload(self, name: str, reply: Reply) -> None:
         """Withdraws a name at once and replies when its last request has ended."""
@@ -187,8 +190,8 @@ class Scheduler:
             self._free_withdrawn()
             self._flush()
 
-    def _load(self, name: str, directory: str | None) -> Iterator[bool]:
-        self._adapters.load(name, directory, self._context, self._adapters_used())
+    def _load(self, name: str, directory: str | None, read: ReadFile | None) -> Iterator[bool]:
+        self._adapters.load(name, directory, read, self._context, self._adapters_used())
         self._count_adapters()
         yield from ()
 
@@ -249,7 +252,8 @@ class Scheduler:
             self._native_failure([self._filling.current] if self._filling.current else [], error)
         if group not in self._running.groups or not self._adapters.prepared(group):
             return
-        if self._filling.waiting(group) > 1 and self._running.silent_s(group) < PATIENCE_S:
+        patience_s = PATIENCE_S if self._running.under_way(group) else FIRST_PATIENCE_S
+        if self._filling.waiting(group) > 1 and self._running.silent_s(group) < patience_s:
             return
         try:
             self._close_gap(group)

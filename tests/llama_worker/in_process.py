@@ -16,6 +16,7 @@ from gateway.llama_worker.native import Bytes, Context, ContextSize, Model, Nati
 from gateway.llama_worker.prefix_cache import PrefixCache
 from gateway.llama_worker.sampling import Sampling
 from gateway.llama_worker.scheduler import Reply, Scheduler
+from gateway.llama_worker.steady import AdapterForm
 from gateway.llama_worker.wire import Choice, Completion
 
 
@@ -136,7 +137,7 @@ def loop(path: Path, sequences: int = 4, max_adapters: int = 2) -> Iterator[Loop
     """A loop over the model at `path` that has not started; stopped and freed on leaving."""
     model = Model(path, NativeLog())
     context = FailingContext(model, ContextSize(256, sequences, 64))
-    adapters = Adapters(model, "base", max_adapters)
+    adapters = Adapters(model, "base", max_adapters, AdapterForm.ODD_RANK)
     made = Loop(model, context, adapters)
     try:
         yield made

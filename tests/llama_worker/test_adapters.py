@@ -226,11 +226,10 @@ def test_a_thousand_adapters_are_registered_and_any_of_them_answers(tiny_model: 
 
 
 @pytest.mark.parametrize("what", ["gone", "another"])
-def test_a_file_that_goes_before_the_first_reply_ends_that_reply_alone(
-    tiny_model: Path, tmp_path: Path, what: str
-) -> None:
+def test_a_file_that_goes_before_the_first_reply_ends_that_reply_alone(tmp_path: Path, what: str) -> None:
+    # Under f16 weights: decode steps have a form of their own there, which is made of the file when it is first needed.
     file = write_tiny_lora(tmp_path / "x" / "adapter.gguf", seed=1)
-    with running(tmp_path / "worker", tiny_model) as worker:
+    with running(tmp_path / "worker", write_tiny_gguf(tmp_path / "model.gguf", q4_0=False)) as worker:
         assert worker.load("x", tmp_path / "x").status_code == 200
         file.unlink()
         if what == "another":

@@ -18,6 +18,7 @@ from gateway.llama_worker.metrics import Metrics
 from gateway.llama_worker.native import Context, ContextSize, Model, NativeLog
 from gateway.llama_worker.prefix_cache import PrefixCache
 from gateway.llama_worker.scheduler import LONGEST_RETRY_AFTER_S, Scheduler
+from gateway.llama_worker.steady import AdapterForm
 from gateway.llama_worker.vocabulary import NativeVocabulary
 from gateway.llama_worker.wire import parse_completion
 from tests.llama_worker.running import request
@@ -32,7 +33,7 @@ def stuck(tiny_model: Path) -> Iterator[tuple[Scheduler, Front]]:
     """A scheduler whose loop does not run, and the HTTP side in front of it."""
     model = Model(tiny_model, NativeLog())
     context = Context(model, ContextSize(64, 2, 64), threads=1)
-    adapters, metrics = Adapters(model, "base", 4), Metrics()
+    adapters, metrics = Adapters(model, "base", 4, AdapterForm.EIGHT_BITS), Metrics()
     scheduler = Scheduler(model, context, adapters, "base", PrefixCache(0), metrics, lambda events: None, rows=8)
     texts = NativeVocabulary(model), Embedder(model, 64, 1)
     yield scheduler, Front(scheduler, adapters, metrics, LIMITS, "base", "key", {}, 0, *texts, silence_s=0.05)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway.llama_worker.adapter_forms import ReadFile
 from gateway.llama_worker.generation import Event, Generation
 from gateway.llama_worker.sampling import Sampling
 from gateway.llama_worker.scheduler import MOST_OVERTAKING
@@ -38,7 +39,7 @@ def red_stays(running: Loop) -> Iterator[None]:
     blue = running.adapters.get("blue")
     assert blue is not None
     running.adapters._reading[blue.serial] = Future()
-    running.adapters._reading[blue.serial].set_result(None)
+    running.adapters._reading[blue.serial].set_result(ReadFile(blue.identity, None))
     try:
         yield
     finally:

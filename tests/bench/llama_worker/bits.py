@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gateway.llama_worker.adapter_forms import Forms
+from gateway.llama_worker.adapter_forms import Forms, read
 from gateway.llama_worker.native import (
     FLASH_ATTENTION_OFF,
     FLASH_ATTENTION_ON,
@@ -24,6 +24,7 @@ from gateway.llama_worker.native import (
     Model,
     NativeLog,
 )
+from gateway.llama_worker.steady import AdapterForm
 from tests.tiny_gguf import Shape, write_tiny_gguf, write_tiny_lora
 
 SHAPE = Shape(hidden=512, layers=4, heads=8, kv_heads=4, feed_forward=1408, vocab_size=4096, context_length=2048)
@@ -38,17 +39,19 @@ def main() -> None:
     print(f"GGML_CPU_TILED_MM={os.environ.get('GGML_CPU_TILED_MM', 'unset')}, {threads} threads")
     with tempfile.TemporaryDirectory() as folder:
         model = Model(write_tiny_gguf(Path(folder) / "model.gguf", shape=SHAPE), NativeLog())
-        forms = Forms(model, write_tiny_lora(Path(folder) / "adapter.gguf", SHAPE, 1, 16, 16.0, 0.3))
+        path = write_tiny_lora(Path(folder) / "adapter.gguf", SHAPE, 1, 16, 16.0, 0.3)
+        forms = {kind: Forms(model, path, kind, read(path, kind).made) for kind in AdapterForm}
         for name, flash_attention in (("off", FLASH_ATTENTION_OFF), ("on", FLASH_ATTENTION_ON)):
             print(f"\nflash attention {name}")
             context = Context(model, ContextSize(1024, 8, 1024), threads, flash_attention)
             _measure(context, forms)
             context.close()
-        forms.close()
+        for form in forms.values():
+            form.close()
         model.close()
 
 
-def _measure(context: Context, forms: Forms) -> None:
+def _measure(context: Context, forms: dict[AdapterForm, Forms]) -> None:
     random = np.random.default_rng(0)
     prompts = random.integers(3, SHAPE.vocab_size, (8, LENGTH)).tolist()
     first = prompts[0]
@@ -64,9 +67,12 @@ def _measure(context: Context, forms: Forms) -> None:
         _print(f"{rows} decode rows, not 1", alone, compute(context, prompts[:rows], 1))
     long = random.integers(3, SHAPE.vocab_size, (2, LONG)).tolist()
     _print(f"2 decode rows, not 1, at {LONG} positions", compute(context, long[:1], 1), compute(context, long, 1))
-    for name, adapter in (("as it is", forms.for_prompts), ("padded", forms.for_decoding)):
+    as_it_is = compute(context, [first], 1, adapter=forms[AdapterForm.AS_IT_IS].for_decoding)
+    for kind, form in forms.items():
+        adapter = form.for_decoding
         alone = compute(context, [first], 1, adapter=adapter)
-        _print(f"adapter {name}: 3 decode rows, not 1", alone, compute(context, prompts[:3], 1, adapter=adapter))
+        _print(f"adapter, {kind.value}: 3 decode rows, not 1", alone, compute(context, prompts[:3], 1, adapter=adapter))
+        _print(f"adapter, {kind.value}, not as it is", as_it_is, alone)
 
 
 def compute(
