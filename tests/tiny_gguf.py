@@ -15,10 +15,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 import numpy.typing as npt
+from gguf.quants import dequantize
 
 UNK, BOS, EOS = 0, 1, 2
 BYTE_TOKENS = 256
 LLAMA_FTYPE_MOSTLY_Q4_0 = 2
+OF_THE_TYPE = ("general.architecture", "general.file_type", "general.quantization_version")
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,22 @@ def write_tiny_lora(
             writer.add_tensor(f"blk.{layer}.{name}.weight.lora_b", b.astype(np.float32))
     _finish(writer)
     return path
+
+
+def as_f32(source: Path, target: Path) -> None:
+    """Copies a GGUF file with all its tensors as f32 and without a word of their type."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(str(target), "llama")
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name not in OF_THE_TYPE:
+            sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type=sub_type)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def _write_f16(

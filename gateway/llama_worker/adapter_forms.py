@@ -15,9 +15,9 @@ llama.cpp scales by alpha / rank: B makes up for the longer rank.
 
 What they cost, rank 16 on all projections of a 200M-parameter q4_0 model, two cores, ms a decode step of 1 and of 8
 sequences: the base alone 7.4 and 35.7, the file as it is 9.7 and 38.9, eight bits 9.3 and 38.7, the odd rank 9.8 and 43.6
-(with rank 32 10.7 and 53.0). What eight bits change, beside the same weights and adapter in f32 (mean error of a
-log-probability; `python -m tests.bench.llama_worker.bits`): 0.0233 as it is and 0.0234 with an adapter that moves them by 0.33,
-0.0246 and 0.0267 with one that moves them by 0.93; the base alone 0.0234.
+(with rank 32 10.7 and 53.0). What eight bits change, as the mean error of a log-probability beside the same weights and
+adapter in f32 (`python -m tests.bench.llama_worker.bits`): 0.0233 as it is and 0.0235 in eight bits with an adapter that
+moves them by 0.33, 0.0246 and 0.0268 with one that moves them by 0.93, 0.0374 and 0.0752 by 1.97; the base alone 0.0234.
 
 Making a form takes as long as several steps (0.1 s there), so another thread does it and the loop only has llama.cpp load it.
 That must be the loop's own thread: llama.cpp counts the adapters of a model whenever a decode follows a change of adapters,

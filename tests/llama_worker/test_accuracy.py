@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.llama_worker.running import RunningWorker, prompt, running
-from tests.tiny_gguf import Shape, write_tiny_gguf, write_tiny_lora
+from tests.tiny_gguf import Shape, as_f32, write_tiny_gguf, write_tiny_lora
 
 SHAPE = Shape(hidden=128, layers=3, heads=4, kv_heads=2, feed_forward=256, vocab_size=512, context_length=512)
 RANK, ALPHA = 4, 8.0
@@ -92,22 +92,6 @@ def test_the_adapter_makes_a_difference_that_the_comparison_would_see(served: tu
         entries = zip(PROMPT[1:], choice["prompt_logprobs"][1:], strict=True)
         scores.append(np.array([entry[str(token)]["logprob"] for token, entry in entries]))
     assert np.abs(scores[0] - scores[1]).max() > 100 * CLOSE
-
-
-def as_f32(source: Path, target: Path) -> None:
-    """Copies a GGUF file, its f16 tensors widened."""
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(str(target), "llama")
-    for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name != "general.architecture":
-            sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(name, field.contents(), field.types[0], sub_type=sub_type)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, np.asarray(tensor.data).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def reference(path: Path) -> LlamaForCausalLM:

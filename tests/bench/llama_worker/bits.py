@@ -1,7 +1,8 @@
 """What a logit depends on in this build, on this CPU: `python -m tests.bench.llama_worker.bits`.
 
 Prints, for each way to compute the same 200 positions, the largest change of a logit and how many rows are bit-equal, with
-flash attention off and on. The rules of gateway/llama_worker/steady.py and filling.py come from this table.
+flash attention off and on; then how far the numbers are from f32. The rules of gateway/llama_worker/steady.py, filling.py and
+adapter_forms.py come from this table.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from gateway.llama_worker.native import (
     NativeLog,
 )
 from gateway.llama_worker.steady import AdapterForm
-from tests.tiny_gguf import Shape, write_tiny_gguf, write_tiny_lora
+from tests.tiny_gguf import Shape, as_f32, write_tiny_gguf, write_tiny_lora
 
 SHAPE = Shape(hidden=512, layers=4, heads=8, kv_heads=4, feed_forward=1408, vocab_size=4096, context_length=2048)
 LENGTH, LONG = 200, 700
 CHUNKS = (8, 16, 32, 63, 100, 200, 4, 3, 2)
 ROWS = (2, 3, 5, 8)
+STRENGTHS = (0.1, 0.3, 1.0)
 
 
 def main() -> None:
@@ -46,6 +48,7 @@ def main() -> None:
             context = Context(model, ContextSize(1024, 8, 1024), threads, flash_attention)
             _measure(context, forms)
             context.close()
+        _against_f32(model, Path(folder), threads)
         for form in forms.values():
             form.close()
         model.close()
@@ -73,6 +76,34 @@ def _measure(context: Context, forms: dict[AdapterForm, Forms]) -> None:
         alone = compute(context, [first], 1, adapter=adapter)
         _print(f"adapter, {kind.value}: 3 decode rows, not 1", alone, compute(context, prompts[:3], 1, adapter=adapter))
         _print(f"adapter, {kind.value}, not as it is", as_it_is, alone)
+
+
+def _against_f32(model: Model, folder: Path, threads: int) -> None:
+    """What q4_0's kernels and adapters of eight bits change, beside the same weights and the adapter as it is in f32."""
+    as_f32(folder / "model.gguf", folder / "f32.gguf")
+    exact = Model(folder / "f32.gguf", NativeLog())
+    contexts = Context(exact, ContextSize(256, 8, 64, "f32"), threads), Context(model, ContextSize(256, 8, 64), threads)
+    prompt = np.random.default_rng(0).integers(3, SHAPE.vocab_size, (1, LENGTH)).tolist()
+    base, served = (_logprobs(compute(context, prompt, 64)) for context in contexts)
+    print(f"\nlog-probabilities beside f32, mean error (largest)\n  {'the base':44} {_error(served, base)}")
+    for strength in STRENGTHS:
+        path = write_tiny_lora(folder / f"{strength}.gguf", SHAPE, 1, 16, 16.0, strength)
+        of_exact = Forms(exact, path, AdapterForm.AS_IT_IS)
+        expected = _logprobs(compute(contexts[0], prompt, 64, adapter=of_exact.for_prompts))
+        line = f"  {f'an adapter that moves them by {np.abs(expected - base).mean():.2f}':44}"
+        for kind in (AdapterForm.AS_IT_IS, AdapterForm.EIGHT_BITS):
+            forms = Forms(model, path, kind, read(path, kind).made)
+            measured = _logprobs(compute(contexts[1], prompt, 64, adapter=forms.for_prompts))
+            line += f" {kind.value} {_error(measured, expected)}"
+        print(line, flush=True)
+
+
+def _logprobs(logits: Floats) -> Floats:
+    return logits - np.log(np.exp(logits.astype(np.float64)).sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def _error(measured: Floats, expected: Floats) -> str:
+    return f"{np.abs(measured - expected).mean():.4f} ({np.abs(measured - expected).max():.2f})"
 
 
 def compute(
