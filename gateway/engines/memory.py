@@ -10,7 +10,7 @@ from gateway.bases import PreparedBase
 OVERHEAD_BYTES = 256 << 20  # of a worker beside weights, keys and values
 KV_BUDGET_BYTES = 2 << 30  # for keys and values of all sequences, where no context length is set; the worker's own rule
 SMALLEST_CONTEXT = 512
-FORMS = 2  # of an adapter in memory: one for prompts, one for the steps after them
+FORMS = 2  # of an adapter in memory, at most: one for prompts, one for the steps after them
 
 
 def planned_context(base: PreparedBase, asked: int | None, max_seqs: int) -> int:

@@ -116,8 +116,8 @@ class Adapters:
         del self._reading[entry.serial]
         try:
             read = reading.result()
-            if read is None or read.identity != entry.identity:
-                entry.path.stat()  # OSError where it is gone
+            # Now as well as then: it may have been read some time before there was room.
+            if identity(entry.path) != entry.identity or read is None or read.identity != entry.identity:
                 raise TunegateError(
                     f"The file of adapter {entry.name!r}, {entry.path}, has changed since it was loaded; a name means one "
                     "adapter for as long as it is loaded. Unload it and load the new file under another name."
@@ -128,6 +128,10 @@ class Adapters:
         self._in_memory[entry.serial] = forms
         forms.prepare(self._thread)
         return True
+
+    def give_up(self, entry: Registered) -> None:
+        """Forgets what was read of an adapter that nobody waits for any more."""
+        self._reading.pop(entry.serial, None)
 
     def holds(self, serial: int) -> bool:
         """Whether an adapter is in memory; the base (0) is none."""
@@ -181,7 +185,7 @@ class Adapters:
 
 
 def _read(directory: str | None, form: AdapterForm) -> ReadFile | None:
-    with contextlib.suppress(OSError, RequestError, NotFound):  # whoever loads it says what is wrong
+    with contextlib.suppress(OSError, RequestError):  # whoever loads it says what is wrong
         return read(_adapter_path(directory), form)
     return None
 

@@ -299,6 +299,9 @@ class Scheduler:
         generation.over = True
         if generation in self._waiting:
             self._waiting.remove(generation)
+            adapter = generation.adapter
+            if adapter is not None and all(each.adapter is not adapter for each in self._waiting):
+                self._adapters.give_up(adapter)
         if generation in self._filling:
             self._filling.remove(generation, keep_prompt)
         self._running.remove(generation)

@@ -86,6 +86,21 @@ def test_streams_go_on_while_the_files_of_an_adapter_are_read_and_converted(one_
     assert len(blue.result(WAIT_S)[0]) == 5
 
 
+def test_what_was_read_of_an_adapter_is_kept_as_long_as_somebody_waits_for_it(one_adapter: Loop) -> None:
+    reading, waiting = one_adapter.adapters._reading, one_adapter.scheduler._waiting
+    with red_stays(one_adapter):
+        red = one_adapter.ask(prompt(10), 5, model="red")
+        one_adapter.round()
+        for _ in range(2):
+            one_adapter.ask(prompt(10), 5, model="blue")
+        one_adapter.round()
+        for left in (1, 0):
+            one_adapter.scheduler.cancel(waiting[0])
+            one_adapter.round()
+            assert (len(waiting), len(reading)) == (left, left)
+    assert len(red.result(WAIT_S)[0]) == 5
+
+
 def test_a_stop_answers_those_who_wait_for_an_adapter_to_go(one_adapter: Loop) -> None:
     with one_adapter.held():
         red = one_adapter.ask(prompt(10), 240, model="red")
